@@ -1,0 +1,19 @@
+"""The repository root on sys.path, and empty data folders for the tests that ask for them."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """tmp_path, with D4RL files looked for in d4rl/, Minari data sets in minari/, and the cache in cache/."""
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "d4rl"))
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    monkeypatch.setenv("DAWM_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "d4rl").mkdir()
+    (tmp_path / "minari").mkdir()
+    return tmp_path
