@@ -1,0 +1,938 @@
+"""DAWM with TD3+BC: offline RL on transitions that a diffusion world model and an inverse dynamics model made up.
+
+1. A diffusion model learns windows of future states and rewards, given a real state, a real action and the
+   return-to-go (section 3).
+2. An inverse dynamics model learns which action leads from one state to the next (section 4).
+3. From every real pair (state, action), with a high return-to-go asked for, the first imagines the next H+1 states and
+   rewards and the second fills in the H missing actions: H+1 complete transitions per pair (section 5).
+4. TD3+BC, unmodified, learns from these transitions alone (section 6).
+5. The actor runs in the simulator; neither model is needed any more (section 7).
+
+    python dawm_td3bc.py --env-id local/hopper/medium-v0 --laptop      # two CPU cores, data made on this machine
+    python dawm_td3bc.py --env-id hopper-medium-v2                     # paper scale on D4RL, one GPU
+    python dawm_td3bc.py --env-id hopper-medium-v2 --synthetic-fraction 0    # the control: TD3+BC on the real data
+
+Keys:
+[DAWM]   DAWM: diffusion action world models for offline RL, arXiv 2509.19538v1
+[DWM]    Diffusion World Model, arXiv 2402.03570 (DAWM's generator; appendix as reprinted in arXiv 2607.17560)
+[DD]     Is Conditional Generative Modeling All You Need for Decision-Making?, arXiv 2211.15657, and its code
+[SSORL]  Semi-Supervised Offline RL with Action-Free Trajectories, arXiv 2210.06518, and its code
+[TD3BC]  A Minimalist Approach to Offline RL, arXiv 2106.06860, and its code
+[CFG]    Classifier-Free Diffusion Guidance, arXiv 2207.12598
+[IDDPM]  Improved Denoising Diffusion Probabilistic Models, arXiv 2102.09672 (cosine schedule, strided sampling)
+Tags: [KEY place] stands there; [unspecified] the paper is silent, our choice; [deviation] the paper says otherwise.
+
+Symbols: k in DAWM's Eq. 2 is `k` (diffusion step), in its return-to-go `step` (environment time); H is `horizon`;
+g_eval `target_return`; omega `guidance_scale`; DAWM's alpha (0.5) `sampling_temperature`, TD3+BC's `bc_alpha`;
+tau is the Polyak rate only.
+"""
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Imports and arguments
+# ---------------------------------------------------------------------------------------------------------------------
+import copy
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+
+from common import UserError
+from common.data import OfflineDataset, load_dataset
+from common.evaluation import Evaluator, normalized_score, score_report
+from common.run import Run, check_range, run_script
+
+
+@dataclass
+class Args:
+    # ---- Run
+    env_id: str = "hopper-medium-v2"
+    """data set: a D4RL name, local/ROBOT/QUALITY-v0 (made on this machine), or any Minari id"""
+    data_path: Path | None = None
+    """a file in D4RL's HDF5 layout to read instead of the published one"""
+    laptop: bool = False
+    """defaults for two CPU cores and ten minutes instead of the paper's; any flag given still wins"""
+    seed: int = 0
+    """seed of the agent; world model, inverse dynamics and synthesis have their own"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU if there is one"""
+    run_dir: Path = Path("runs")
+    """each run makes a folder of its own in here"""
+    exp_name: str = Path(__file__).stem
+    """part of the folder's name"""
+    track: bool = False
+    """log to Weights & Biases too"""
+    wandb_project: str = "dawm"
+    """project for --track"""
+    log_every: int = 500
+    """gradient updates between two logged metrics"""
+
+    # ---- Data: windows and return-to-go
+    horizon: int = 7
+    """H: a rollout has H+1 transitions, so H+2 states, the first one real [DAWM Sec. 4]"""
+    gamma: float = 0.99
+    """discount of return-to-go and agent [DAWM Tab. 7]"""
+    return_to_go: Literal["episode", "window"] = "episode"
+    """sum rewards to the episode's end, or over the H+1 of the window as printed; [deviation] see RETURN-TO-GO below"""
+    window_padding: Literal["absorbing", "none"] = "absorbing"
+    """continue a fallen episode with its last state and reward 0, or use only windows that fit [unspecified]"""
+    normalizer: Literal["limits", "cdf"] = "limits"
+    """states to [-1, 1] by their empirical CDF [DWM App.] or by minimum and maximum [unspecified] in DAWM"""
+
+    # ---- World model
+    world_model_seed: int = 100
+    """seed of the diffusion training [DAWM Tab. 7]"""
+    world_model_steps: int = 2_000_000
+    """gradient updates [DAWM App.]"""
+    world_model_batch_size: int = 64
+    """windows per update [DAWM Tab. 7]"""
+    world_model_lr: float = 1e-4
+    """Adam's rate [DAWM Tab. 7]"""
+    world_model_holdout: float = 0.05
+    """share of episodes kept from the training, to measure the error of rollouts [unspecified]"""
+    unet_width: int = 128
+    """channels of the U-Net's first level; [unspecified] in DAWM and DWM, DD's code"""
+    unet_multipliers: tuple[int, ...] = (1, 4, 8)
+    """channels of each level in units of the width; [unspecified], DD's code"""
+    diffusion_steps: int = 5
+    """K [DAWM Tab. 7]"""
+    prediction: Literal["noise", "x0"] = "noise"
+    """what the U-Net predicts: noise [DAWM Eq. 2], or the clean window, which is not in the paper"""
+    cond_drop_prob: float = 0.25
+    """share of samples trained without return-to-go [DAWM App.]"""
+    ema_decay: float = 0.995
+    """of the averaged weights ("Adam decay") [DAWM Tab. 7]"""
+    ema_every: int = 10
+    """updates between two averagings [DWM App.]"""
+    ema_start: int = 2_000
+    """updates before which the average is a plain copy; [unspecified], DD's code"""
+
+    # ---- Inverse dynamics
+    idm_seed: int = 100
+    """seed of the inverse dynamics training [unspecified]"""
+    idm_steps: int = 100_000
+    """gradient updates [unspecified]"""
+    idm_batch_size: int = 1024
+    """state triples per update; [unspecified], SSORL's code"""
+    idm_lr: float = 1e-4
+    """Adam's rate [DAWM Tab. 7]"""
+    idm_width: int = 1024
+    """units of each hidden layer [DAWM App.]"""
+    idm_dropout: float = 0.1
+    """after the last hidden layer; [unspecified], SSORL's code"""
+    idm_holdout: float = 0.1
+    """share of episodes that choose the best weights; [unspecified], SSORL's code"""
+
+    # ---- Synthesis
+    synthesis: Literal["dataset", "online"] = "dataset"
+    """generate once and train on the set [DAWM text], or inside the agent's loop [DAWM Alg. 2]"""
+    synthesis_seed: int = 100
+    """seed of the sampling noise [unspecified]"""
+    synthesis_batch_size: int = 4096
+    """rollouts generated together; changes speed and memory only"""
+    sampling_steps: int = 3
+    """N denoising steps out of K [DAWM App.]"""
+    sampling_temperature: float = 0.5
+    """multiplies the standard deviation of each denoising step [DAWM Tab. 7, DWM]"""
+    guidance_scale: float = 1.2
+    """weight of the return condition, 1 is no guidance; [unspecified] in DAWM and DWM, DD's code"""
+    target_return: float | None = None
+    """return-to-go asked for, in units of the return scale; default from TASKS [unspecified]"""
+    conditioning_subsample: int = 1
+    """use one of so many real pairs, drawn at random; 8 is DAWM-T [DAWM Tab. 5]"""
+    termination: Literal["rule", "none"] = "rule"
+    """end a rollout where the robot has fallen by the simulator's rule; none as printed [deviation]"""
+    synthetic_fraction: float = 1.0
+    """share of synthetic transitions in a batch; 0 is TD3+BC on the real data, without any model"""
+
+    # ---- Agent
+    agent_updates: int = 1_000_000
+    """critic updates; [unspecified], TD3BC's code"""
+    agent_batch_size: int = 256
+    """transitions per update; [unspecified], TD3BC's code"""
+    agent_lr: float = 3e-4
+    """Adam's rate of actor and critics; [unspecified], TD3BC's code"""
+    tau: float = 0.005
+    """Polyak rate of the target networks; [unspecified], TD3BC's code"""
+    policy_noise: float = 0.2
+    """standard deviation of the target action's noise, in units of the action range's half; 0 as printed [deviation]"""
+    noise_clip: float = 0.5
+    """bound of that noise [TD3BC]"""
+    policy_delay: int = 2
+    """critic updates per actor update, n [TD3BC]"""
+    bc_alpha: float = 2.5
+    """weight of Q against behaviour cloning [TD3BC Eq. 5]"""
+
+    # ---- Evaluation
+    eval_every: int = 5_000
+    """critic updates between two evaluations [TD3BC]"""
+    eval_episodes: int = 10
+    """episodes per evaluation [DWM]"""
+    physics: Literal["auto", "d4rl", "stock"] = "auto"
+    """capsule masses of the simulator: D4RL's or today's; auto takes what the data set was recorded with"""
+
+
+# --laptop: the same method with a smaller U-Net and fewer updates, [deviation] throughout; not the paper's scale.
+LAPTOP = dict(
+    world_model_steps=12_000,
+    world_model_lr=1e-3,
+    unet_width=32,
+    unet_multipliers=(1, 2),
+    idm_steps=5_000,
+    idm_batch_size=256,
+    idm_lr=1e-3,
+    idm_width=256,
+    synthesis_batch_size=1024,
+    agent_updates=25_000,
+    eval_every=2_500,
+)
+
+# Return scale [DAWM App.] and target return ([unspecified]; from [DWM App.]'s grids) of the paper's tasks. Any other
+# data set: the scale that puts its largest return-to-go at 0.6, and target 0.7.
+TASKS = {
+    "hopper-medium-v2": (400, 0.7),
+    "hopper-medium-replay-v2": (400, 0.7),
+    "hopper-medium-expert-v2": (400, 0.8),
+    "walker2d-medium-v2": (550, 0.7),
+    "walker2d-medium-replay-v2": (550, 0.7),
+    "walker2d-medium-expert-v2": (550, 0.9),
+    "halfcheetah-medium-v2": (1200, 0.5),
+    "halfcheetah-medium-replay-v2": (1200, 0.4),
+    "halfcheetah-medium-expert-v2": (1200, 0.7),
+}
+
+
+def check_args(args: Args) -> None:
+    """UserError for values with which no run makes sense, before anything is loaded."""
+    counts = "horizon diffusion_steps sampling_steps world_model_steps world_model_batch_size idm_steps idm_batch_size "
+    counts += "idm_width synthesis_batch_size conditioning_subsample agent_updates agent_batch_size policy_delay "
+    check_range(args, 1, math.inf, counts + "eval_every eval_episodes log_every ema_every")
+    check_range(args, 0, 1, "cond_drop_prob ema_decay idm_dropout gamma tau synthetic_fraction")
+    check_range(args, 0, 0.9, "world_model_holdout idm_holdout")
+    check_range(args, 0, 100, "sampling_temperature guidance_scale policy_noise noise_clip bc_alpha")
+    check_range(args, 1e-8, 1, "world_model_lr idm_lr agent_lr")
+    check_range(args, -100, 100, "target_return")
+    if args.sampling_steps > args.diffusion_steps:
+        raise UserError(f"--sampling-steps {args.sampling_steps} is above --diffusion-steps {args.diffusion_steps}")
+    if args.unet_width % 8 or args.unet_width < 8 or min(args.unet_multipliers, default=0) < 1:
+        raise UserError(f"--unet-width {args.unet_width} must be 8, 16, ... and --unet-multipliers positive")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Data: episodes to windows, return-to-go
+# ---------------------------------------------------------------------------------------------------------------------
+# RETURN-TO-GO. [deviation] DAWM prints a sum over the window's H+1 rewards, but its divisor (400 for Hopper) only fits
+# sums to the episode's end: eight rewards give 25, and the largest label that [DWM App.] plots is 0.61 x 400 = 244.
+
+
+def discounted_return_to_go(reward: np.ndarray, lengths: np.ndarray, gamma: float) -> np.ndarray:
+    """Rewards [N] summed from each step to its episode's end, discounted -> [N]. Nothing is added at a time limit."""
+    return_to_go, end = np.zeros(len(reward)), 0
+    for length in lengths:
+        start, end, following = end, end + length, 0.0
+        for row in range(end - 1, start - 1, -1):
+            following = reward[row] + gamma * following
+            return_to_go[row] = following
+    return return_to_go
+
+
+def task_constants(args: Args, largest_return_to_go: float) -> tuple[float, float]:
+    """Return scale and target return of this data set; --target-return wins."""
+    scale, target = TASKS.get(args.env_id, (largest_return_to_go / 0.6, 0.7))
+    return float(scale), target if args.target_return is None else args.target_return
+
+
+class Windows:
+    """All windows of H+2 states and H+1 rewards, one for each real pair (state, action); gathered when asked for.
+
+    Token i of a window holds the state at step i and the reward at step i; the last token's reward slot is 0.
+    No window crosses an episode's end. A fallen episode goes on with its last state and reward 0 (the simulator would
+    stop there): else no window would start within H steps of a fall, and the model could not learn what happens next.
+    UserError if no episode is long enough.
+    """
+
+    def __init__(self, args: Args, dataset: OfflineDataset, device: torch.device):
+        episode = np.repeat(np.arange(len(dataset.lengths)), dataset.lengths)  # of each row
+        last = np.cumsum(dataset.lengths) - 1  # last row of each episode
+        # One token per state: an episode of T transitions has T+1 of them, so its rows shift by its number.
+        obs = np.insert(dataset.obs, last + 1, dataset.next_obs[last], axis=0)
+        reward = np.insert(dataset.reward, last + 1, 0)
+        start, final = np.arange(len(episode)) + episode, (last + 1 + np.arange(len(last)))[episode]
+        fits = start + args.horizon + 1 <= final
+        if not fits.any():
+            raise UserError(
+                f"--horizon {args.horizon} needs {args.horizon + 1} transitions in a row, but the longest episode has "
+                f"{dataset.lengths.max()}; lower --horizon"
+            )
+        usable = fits | dataset.terminated[last][episode] if args.window_padding == "absorbing" else fits
+        return_to_go = discounted_return_to_go(dataset.reward, dataset.lengths, args.gamma)
+        if args.return_to_go == "window":
+            beyond = np.append(return_to_go, 0)[np.minimum(np.arange(len(episode)) + args.horizon + 1, len(episode))]
+            inside = np.arange(len(episode)) + args.horizon + 1 <= last[episode]
+            return_to_go = return_to_go - args.gamma ** (args.horizon + 1) * beyond * inside
+        self.return_scale, self.target_return = task_constants(args, return_to_go.max())
+
+        def tensor(array):
+            return torch.as_tensor(array, device=device)
+
+        self.obs, self.reward = tensor(obs), tensor(reward)
+        self.start, self.final = tensor(start), tensor(final)
+        self.action = tensor(dataset.action)
+        self.return_to_go = tensor((return_to_go / self.return_scale).astype(np.float32))
+        self.usable, self.fits, self.episode = tensor(usable), tensor(fits), tensor(episode)
+        self.offsets = torch.arange(args.horizon + 2, device=device)
+
+    def held_out(self, share: float, seed: int) -> torch.Tensor:
+        """Mask [N] of the windows in a random share of the episodes."""
+        episodes = int(self.episode[-1]) + 1
+        order = torch.randperm(episodes, generator=torch.Generator().manual_seed(seed))
+        return torch.isin(self.episode, order[: math.ceil(share * episodes)].to(self.episode.device))
+
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        """Rows of obs and reward that make up the windows `index` [B] -> [B, H+2]."""
+        return torch.minimum(self.start[index, None] + self.offsets, self.final[index, None])
+
+
+class Normalizer(nn.Module):
+    """Each dimension to [-1, 1] and back by linear interpolation between quantiles.
+
+    10,000 quantiles make the empirical CDF [DWM App.]; 2 are the minimum and the maximum.
+    """
+
+    def __init__(self, values: torch.Tensor, num_quantiles: int):
+        super().__init__()
+        ordered = values.T.sort(dim=1).values  # [dim, N]
+        rank = torch.linspace(0, 1, num_quantiles, dtype=torch.float64, device=values.device) * (len(values) - 1)
+        self.register_buffer("quantiles", ordered[:, rank.round().long()].contiguous())  # [dim, Q]
+
+    def normalize(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., dim] in dataset units, clipped to the data's range."""
+        count = self.quantiles.shape[1]
+        flat = x.reshape(-1, x.shape[-1]).T.contiguous()  # [dim, B]
+        right = torch.searchsorted(self.quantiles, flat, right=True).clamp(1, count - 1)
+        low, high = self.quantiles.gather(1, right - 1), self.quantiles.gather(1, right)
+        # high equals low only beyond the last of several equal largest values
+        fraction = torch.where(high > low, (flat - low) / (high - low), 1.0).clamp(0, 1)
+        return (2 * (right - 1 + fraction) / (count - 1) - 1).T.reshape(x.shape)
+
+    def denormalize(self, y: torch.Tensor) -> torch.Tensor:
+        """y [..., dim], clipped to [-1, 1], to dataset units."""
+        count = self.quantiles.shape[1]
+        position = ((y.reshape(-1, y.shape[-1]).T.clamp(-1, 1) + 1) / 2 * (count - 1)).contiguous()
+        left = position.long().clamp(max=count - 2)
+        low, high = self.quantiles.gather(1, left), self.quantiles.gather(1, left + 1)
+        return torch.lerp(low, high, position - left).T.reshape(y.shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. World model: schedule, denoiser, loss, sampler
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def cosine_alpha_bar(num_diffusion_steps: int) -> torch.Tensor:
+    """Cumulative product of 1 - noise_beta for k = 0..K -> [K+1], float64, alpha_bar[0] = 1 [IDDPM Eq. 17]."""
+    k = torch.arange(num_diffusion_steps + 1, dtype=torch.float64) / num_diffusion_steps
+    f = torch.cos((k + 0.008) / 1.008 * math.pi / 2) ** 2
+    noise_beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    return torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - noise_beta, 0)])
+
+
+def strided_steps(num_diffusion_steps: int, sampling_steps: int) -> list[int]:
+    """The N of K diffusion steps that sampling visits, ascending, ending at K: 1, 3, 5 for N=3, K=5 [DWM App.]."""
+    if sampling_steps == 1:
+        return [num_diffusion_steps]
+    spacing = (num_diffusion_steps - 1) / (sampling_steps - 1)
+    return [math.floor(1 + i * spacing + 0.5) for i in range(sampling_steps)]
+
+
+def posterior_coefficients(alpha_bar: torch.Tensor, steps: list[int]) -> list[tuple[float, float, float]]:
+    """For each visited step, ascending: weight of x0, weight of x_k and std of the next x [IDDPM Sec. 3, 4].
+
+    The betas are those of the shortened chain; the full chain's would leave the noise level inconsistent.
+    """
+    chain = alpha_bar[[0, *steps]]
+    coefficients = []
+    for previous, current in zip(chain[:-1], chain[1:], strict=True):
+        noise_beta = 1 - current / previous
+        weight_x0 = previous.sqrt() * noise_beta / (1 - current)
+        weight_x_k = (1 - noise_beta).sqrt() * (1 - previous) / (1 - current)
+        std = (noise_beta * (1 - previous) / (1 - current)).sqrt()
+        coefficients.append((weight_x0.item(), weight_x_k.item(), std.item()))
+    return coefficients
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions over time with group norm and Mish; the condition is added between them [DD code]."""
+
+    def __init__(self, in_channels: int, out_channels: int, embed_dim: int):
+        super().__init__()
+        self.conv1 = nn.Sequential(
+            nn.Conv1d(in_channels, out_channels, 5, padding=2), nn.GroupNorm(8, out_channels), nn.Mish()
+        )
+        self.condition = nn.Sequential(nn.Mish(), nn.Linear(embed_dim, out_channels))
+        self.conv2 = nn.Sequential(
+            nn.Conv1d(out_channels, out_channels, 5, padding=2), nn.GroupNorm(8, out_channels), nn.Mish()
+        )
+        self.skip = nn.Conv1d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x, embedding):
+        return self.conv2(self.conv1(x) + self.condition(embedding)[:, :, None]) + self.skip(x)
+
+
+class TemporalUNet(nn.Module):
+    """Denoiser of a window x [B, L, channels], given diffusion step k [B], action [B, action_dim], return-to-go [B, 1].
+
+    `keep` [B, 1] is 1 or 0: a dropped return-to-go has a zero embedding [DD code]. Output [B, L, channels].
+    60,717,580 parameters for Hopper at paper scale.
+    """
+
+    def __init__(self, channels: int, action_dim: int, width: int, multipliers: tuple[int, ...]):
+        super().__init__()
+
+        def mlp3(in_dim):  # condition networks of three layers [DAWM App.]
+            return nn.Sequential(
+                nn.Linear(in_dim, width), nn.Mish(), nn.Linear(width, 4 * width), nn.Mish(), nn.Linear(4 * width, width)
+            )
+
+        self.embed_k = nn.Sequential(nn.Linear(width, 4 * width), nn.Mish(), nn.Linear(4 * width, width))
+        self.embed_action, self.embed_return = mlp3(action_dim), mlp3(1)
+        half = width // 2
+        self.register_buffer("frequencies", torch.exp(torch.arange(half) * -math.log(10_000) / (half - 1)))
+        embed_dim = 3 * width
+        sizes = [channels, *(width * m for m in multipliers)]
+        levels = list(zip(sizes[:-1], sizes[1:], strict=True))
+        self.down = nn.ModuleList(
+            nn.ModuleList(
+                [
+                    ResidualBlock(i, o, embed_dim),
+                    ResidualBlock(o, o, embed_dim),
+                    nn.Conv1d(o, o, 3, stride=2, padding=1) if o_is_not_last else nn.Identity(),
+                ]
+            )
+            for (i, o), o_is_not_last in zip(levels, [True] * (len(levels) - 1) + [False], strict=True)
+        )
+        self.middle = nn.ModuleList([ResidualBlock(sizes[-1], sizes[-1], embed_dim) for _ in range(2)])
+        self.up = nn.ModuleList(
+            nn.ModuleList(
+                [
+                    ResidualBlock(2 * o, i, embed_dim),
+                    ResidualBlock(i, i, embed_dim),
+                    nn.ConvTranspose1d(i, i, 4, stride=2, padding=1),
+                ]
+            )
+            for i, o in reversed(levels[1:])
+        )
+        self.head = nn.Sequential(
+            nn.Conv1d(width * multipliers[0], width, 5, padding=2),
+            nn.GroupNorm(8, width),
+            nn.Mish(),
+            nn.Conv1d(width, channels, 1),
+        )
+        self.length_unit = 2 ** (len(levels) - 1)  # each level but the last halves the length
+
+    def forward(self, x, k, action, return_to_go, keep):
+        angle = k[:, None] * self.frequencies
+        embedding = torch.cat(
+            [
+                self.embed_k(torch.cat([angle.sin(), angle.cos()], 1)),
+                self.embed_return(return_to_go) * keep,
+                self.embed_action(action),
+            ],
+            dim=1,
+        )
+        length = x.shape[1]
+        # H+2 tokens need not divide: repeat the last token inside, crop the output [unspecified]
+        x = F.pad(x.transpose(1, 2), (0, -length % self.length_unit), mode="replicate")
+        skips = []
+        for block1, block2, shorten in self.down:
+            x = block2(block1(x, embedding), embedding)
+            skips.append(x)
+            x = shorten(x)
+        for block in self.middle:
+            x = block(x, embedding)
+        for block1, block2, lengthen in self.up:
+            x = torch.cat([x, skips.pop()], dim=1)
+            x = lengthen(block2(block1(x, embedding), embedding))
+        return self.head(x)[:, :, :length].transpose(1, 2)
+
+
+class WorldModel(nn.Module):
+    """p(next states, rewards | state, action, return-to-go) [DAWM Eq. 1]: a denoiser and the units it works in.
+
+    The window x [B, H+2, obs_dim + 1] is normalised to [-1, 1]. Two places in it are known, not generated: the first
+    state, overwritten before every network call [DD Alg. 1], and the last reward slot, which no data defines, kept 0.
+    """
+
+    def __init__(self, args: Args, windows: Windows):
+        super().__init__()
+        self.obs_dim, action_dim = windows.obs.shape[1], windows.action.shape[1]
+        self.args = args
+        self.obs_units = Normalizer(windows.obs, {"cdf": 10_000, "limits": 2}[args.normalizer])
+        self.reward_units = Normalizer(windows.reward[:, None], 2)  # min-max [DWM App.]
+        self.register_buffer("alpha_bar", cosine_alpha_bar(args.diffusion_steps))
+        self.denoiser = TemporalUNet(self.obs_dim + 1, action_dim, args.unet_width, args.unet_multipliers)
+
+    def normalize(self, obs: torch.Tensor, reward: torch.Tensor) -> torch.Tensor:
+        """obs [..., obs_dim], reward [...] in dataset units -> tokens [..., obs_dim + 1]."""
+        return torch.cat([self.obs_units.normalize(obs), self.reward_units.normalize(reward[..., None])], dim=-1)
+
+    def pin(self, x: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
+        """x with the known places of the clean window x0 put back (in place)."""
+        x[:, 0, : self.obs_dim] = x0[:, 0, : self.obs_dim]
+        x[:, -1, -1] = 0
+        return x
+
+    def q_sample(self, x0: torch.Tensor, k: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Noised window x_k = sqrt(alpha_bar_k) x0 + sqrt(1 - alpha_bar_k) noise [DAWM Eq. 2], k [B] in 1..K."""
+        alpha_bar = self.alpha_bar[k].float()[:, None, None]
+        return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
+
+    def loss(self, x0, action, return_to_go, keep) -> torch.Tensor:
+        """Mean squared error of the prediction over all but the known places [DAWM Eq. 2].
+
+        [deviation] Eq. 2 drops the whole condition; as in [DWM App.] only the return-to-go is dropped (`keep` 0), so
+        that guidance pushes the return and leaves the rollout tied to its state and action.
+        """
+        k = torch.randint(1, len(self.alpha_bar), (len(x0),), device=x0.device)
+        noise = torch.randn_like(x0)
+        x_k = self.pin(self.q_sample(x0, k, noise), x0)
+        prediction = self.denoiser(x_k, k, action, return_to_go, keep)
+        error = prediction - (noise if self.args.prediction == "noise" else x0)
+        error = self.pin(error, torch.zeros_like(error))
+        return error.square().sum() / (error.numel() - len(error) * (self.obs_dim + 1))
+
+    @torch.no_grad()
+    def sample(self, obs, action, return_to_go) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rollouts from obs [B, obs_dim], action [B, action_dim], return_to_go [B, 1] (in units of the return scale).
+
+        Returns obs [B, H+2, obs_dim], whose first is the given one to the bit, and reward [B, H+1], dataset units.
+        """
+        batch = len(obs)
+        known = torch.zeros(batch, self.args.horizon + 2, self.obs_dim + 1, device=obs.device)
+        known[:, 0, : self.obs_dim] = self.obs_units.normalize(obs)
+        steps = strided_steps(self.args.diffusion_steps, self.args.sampling_steps)
+        coefficients = posterior_coefficients(self.alpha_bar.cpu(), steps)
+        # Both guidance branches, with and without return-to-go, go through the network as one batch.
+        action, return_to_go = torch.cat([action, action]), torch.cat([return_to_go, return_to_go])
+        keep = torch.cat([torch.ones(batch, 1), torch.zeros(batch, 1)]).to(obs.device)
+        x = torch.randn_like(known)  # [DWM App.]; DD's code starts from half of it
+        for k, (weight_x0, weight_x_k, std) in reversed(list(zip(steps, coefficients, strict=True))):
+            self.pin(x, known)
+            k_batch = torch.full((2 * batch,), k, device=obs.device)
+            cond, uncond = self.denoiser(torch.cat([x, x]), k_batch, action, return_to_go, keep).chunk(2)
+            prediction = uncond + self.args.guidance_scale * (cond - uncond)  # [DD Eq. 8], its omega = 1 + [CFG]'s w
+            x0 = prediction
+            if self.args.prediction == "noise":
+                alpha_bar = float(self.alpha_bar[k])
+                # At k = K this multiplies the network's error by 103 (K=5): the clamp makes the first step usable.
+                x0 = (x - math.sqrt(1 - alpha_bar) * prediction) / math.sqrt(alpha_bar)
+            x0 = self.pin(x0.clamp(-1, 1), known)
+            std = self.args.sampling_temperature * std  # scales std, not variance [DWM]; 0 at the last step
+            x = weight_x0 * x0 + weight_x_k * x + std * torch.randn_like(x)
+        rollout = torch.cat([obs[:, None], self.obs_units.denormalize(x[:, 1:, : self.obs_dim])], dim=1)
+        return rollout, self.reward_units.denormalize(x[:, :-1, -1:])[..., 0]
+
+
+def train_world_model(args: Args, windows: Windows, run: Run) -> WorldModel:
+    """Fit the denoiser by noise prediction; the returned model carries the averaged weights [DWM App.]."""
+    run.seed("world_model", args.world_model_seed)
+    world_model = WorldModel(args, windows).to(run.device)
+    ema_denoiser = copy.deepcopy(world_model.denoiser)
+    parameters, ema_parameters = list(world_model.denoiser.parameters()), list(ema_denoiser.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=args.world_model_lr, fused=True)
+    held_out = windows.held_out(args.world_model_holdout, args.world_model_seed)
+    train, measure = (windows.usable & ~held_out).nonzero()[:, 0], (windows.fits & held_out).nonzero()[:, 0]
+    normalized = world_model.normalize(windows.obs, windows.reward)  # once, not for every batch
+    with run.stage("world model", args.world_model_steps, "update") as bar:
+        for step in range(1, args.world_model_steps + 1):
+            index = train[torch.randint(len(train), (args.world_model_batch_size,), device=run.device)]
+            x0 = normalized[windows.rows(index)]
+            x0[:, -1, -1] = 0
+            keep = (torch.rand(len(index), 1, device=run.device) >= args.cond_drop_prob).float()
+            loss = world_model.loss(x0, windows.action[index], windows.return_to_go[index, None], keep)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if step % args.ema_every == 0:
+                with torch.no_grad():
+                    rate = 1 - args.ema_decay if step > args.ema_start else 1.0
+                    torch._foreach_lerp_(ema_parameters, parameters, rate)
+            if step % args.log_every == 0:
+                run.log(step, {"world_model/loss": loss})
+            bar.update()
+    world_model.denoiser = ema_denoiser if args.world_model_steps >= args.ema_every else world_model.denoiser
+    if len(measure):
+        run.log(args.world_model_steps, rollout_errors(world_model, windows, measure))
+    save_file(world_model.state_dict(), run.folder / "world_model.safetensors")
+    return world_model
+
+
+def rollout_errors(world_model: WorldModel, windows: Windows, index: torch.Tensor) -> dict:
+    """Root mean squared error of rollouts against held-out windows, per step, in standard deviations of the data.
+
+    Each rollout is asked for its window's own return-to-go. Only step 1 measures the model alone: what follows depends
+    on the behaviour policy's noise too, which nothing can predict.
+    """
+    index = index[torch.linspace(0, len(index) - 1, 2048, device=index.device).long()]
+    obs, reward = windows.obs[windows.rows(index)], windows.reward[windows.rows(index)]
+    made_obs, made_reward = world_model.sample(obs[:, 0], windows.action[index], windows.return_to_go[index, None])
+    obs_error = ((made_obs - obs) / windows.obs.std(0)).square().mean((0, 2)).sqrt()[1:]
+    reward_error = ((made_reward - reward[:, :-1]) / windows.reward.std()).square().mean(0).sqrt()
+    names = [f"world_model/val_{what}_error_step{i + 1}" for what in ("obs", "reward") for i in range(len(obs_error))]
+    return dict(zip(names, torch.cat([obs_error, reward_error]).tolist(), strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Inverse dynamics
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class InverseDynamics(nn.Module):
+    """Tanh-squashed diagonal Gaussian over the action between two states, with one state of context [DAWM Eq. 3].
+
+    Input: obs triples (previous, current, next) [..., 3 * obs_dim], dataset units. [unspecified] tanh: SSORL's code.
+    """
+
+    def __init__(self, args: Args, obs: torch.Tensor, action_dim: int):
+        super().__init__()
+        width, obs_dim = args.idm_width, obs.shape[1]
+        self.register_buffer("obs_mean", obs.mean(0).repeat(3))
+        self.register_buffer("obs_std", obs.std(0).repeat(3) + 1e-6)
+
+        def mlp():  # two hidden layers, mean and spread apart [DAWM App.]
+            layers = [nn.Linear(3 * obs_dim, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
+            layers += [nn.Dropout(args.idm_dropout), nn.Linear(width, action_dim)]
+            for layer in layers:
+                if isinstance(layer, nn.Linear):
+                    nn.init.orthogonal_(layer.weight)  # [SSORL code]
+                    nn.init.zeros_(layer.bias)
+            return nn.Sequential(*layers)
+
+        self.mean, self.log_std = mlp(), mlp()
+
+    def forward(self, triples: torch.Tensor) -> torch.Tensor:
+        """The action at the Gaussian's mean, in (-1, 1): what synthesis uses [SSORL code]."""
+        return torch.tanh(self.mean((triples - self.obs_mean) / self.obs_std))
+
+    def log_prob(self, triples: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        """Log-density of action [B, action_dim] -> [B]."""
+        triples = (triples - self.obs_mean) / self.obs_std
+        log_std = -1.5 + 3.5 * torch.tanh(self.log_std(triples))  # in [-5, 2] [SSORL code]
+        return tanh_normal_log_prob(action, self.mean(triples), log_std)
+
+
+def tanh_normal_log_prob(action: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
+    """Log-density of action = tanh(u), u ~ N(mean, exp(log_std)^2), summed over the last dimension."""
+    action = action.clamp(-1 + 1e-6, 1 - 1e-6)  # else atanh is infinite at the bounds [SSORL code]
+    log_normal = -0.5 * ((torch.atanh(action) - mean) / log_std.exp()).square() - log_std - 0.5 * math.log(2 * math.pi)
+    return (log_normal - torch.log1p(-action.square())).sum(-1)
+
+
+def train_inverse_dynamics(args: Args, windows: Windows, run: Run) -> InverseDynamics:
+    """Maximum likelihood on real triples; returns the weights that were best on held-out episodes."""
+    run.seed("idm", args.idm_seed)
+    inverse_dynamics = InverseDynamics(args, windows.obs, windows.action.shape[1]).to(run.device)
+    optimizer = torch.optim.Adam(inverse_dynamics.parameters(), lr=args.idm_lr, fused=True)
+    # The middle of a triple is a real pair's state with a predecessor in its episode.
+    has_past = torch.zeros_like(windows.usable)
+    has_past[1:] = windows.episode[1:] == windows.episode[:-1]
+    held_out = windows.held_out(args.idm_holdout, args.idm_seed)
+    train, measure = (has_past & ~held_out).nonzero()[:, 0], (has_past & held_out).nonzero()[:, 0]
+    if not len(train) or not len(measure):
+        raise UserError(f"--idm-holdout {args.idm_holdout} leaves nothing to train or to measure on; use more episodes")
+    measure = measure[torch.linspace(0, len(measure) - 1, min(len(measure), 10_000), device=run.device).long()]
+
+    def triples(index):
+        row = windows.start[index]
+        return torch.cat([windows.obs[row - 1], windows.obs[row], windows.obs[row + 1]], dim=1)
+
+    best_loss, best_weights = math.inf, None
+    with run.stage("inverse dynamics", args.idm_steps, "update") as bar:
+        for step in range(1, args.idm_steps + 1):
+            index = train[torch.randint(len(train), (args.idm_batch_size,), device=run.device)]
+            loss = -inverse_dynamics.log_prob(triples(index), windows.action[index]).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if step % args.log_every == 0 or step == args.idm_steps:
+                inverse_dynamics.eval()
+                with torch.no_grad():
+                    held_out_loss = -inverse_dynamics.log_prob(triples(measure), windows.action[measure]).mean()
+                    error = (inverse_dynamics(triples(measure)) - windows.action[measure]).square().mean()
+                inverse_dynamics.train()
+                run.log(step, {"idm/loss": loss, "idm/val_loss": held_out_loss, "idm/val_mse": error})
+                if held_out_loss < best_loss:
+                    best_loss, best_error = float(held_out_loss), float(error)
+                    best_weights = copy.deepcopy(inverse_dynamics.state_dict())
+            bar.update()
+    inverse_dynamics.load_state_dict(best_weights)
+    run.log(args.idm_steps, {"idm/best_val_loss": best_loss, "idm/best_val_mse": best_error})
+    save_file(best_weights, run.folder / "inverse_dynamics.safetensors")
+    return inverse_dynamics.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Synthesis: states and rewards to full transitions
+# ---------------------------------------------------------------------------------------------------------------------
+# A transition is one row: obs, action, reward, next_obs, terminated. One gather then fetches a whole batch.
+
+
+def has_fallen(robot: str, obs: torch.Tensor) -> torch.Tensor:
+    """The simulator's own rule for the end of an episode, on obs [..., obs_dim] in dataset units -> bool [...]."""
+    if robot == "hopper":
+        height, angle = obs[..., 0], obs[..., 1]
+        return ~((obs[..., 1:].abs() < 100).all(-1) & (height > 0.7) & (angle.abs() < 0.2))
+    if robot == "walker2d":
+        height, angle = obs[..., 0], obs[..., 1]
+        return ~((height > 0.8) & (height < 2.0) & (angle.abs() < 1.0))
+    return torch.zeros(obs.shape[:-1], dtype=torch.bool, device=obs.device)  # halfcheetah never ends early
+
+
+def real_transitions(dataset: OfflineDataset, device: torch.device) -> torch.Tensor:
+    """The data set as rows [N, 2 * obs_dim + action_dim + 2].
+
+    [deviation] Rows at a time limit are kept and bootstrapped, since their successor is known; TD3BC's code skips them.
+    """
+    columns = [dataset.obs, dataset.action, dataset.reward[:, None], dataset.next_obs, dataset.terminated[:, None]]
+    return torch.as_tensor(np.concatenate(columns, axis=1, dtype=np.float32), device=device)
+
+
+class Synthesizer:
+    """Turns real pairs into complete synthetic transitions [DAWM Alg. 2 l. 4-7]."""
+
+    def __init__(self, args: Args, robot: str, windows: Windows, world_model, inverse_dynamics):
+        self.args, self.robot, self.windows = args, robot, windows
+        self.world_model, self.inverse_dynamics = world_model, inverse_dynamics
+
+    def __call__(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rollouts from the real pairs `index` [B]: rows [B, H+1, row_dim], and valid [B, H+1], false after a fall."""
+        windows = self.windows
+        target = torch.full((len(index), 1), windows.target_return, device=index.device)
+        obs, action = windows.obs[windows.start[index]], windows.action[index]
+        obs, reward = self.world_model.sample(obs, action, target)
+        # Triples for steps 1..H; the context of the first is the real state [DAWM Sec. 4].
+        triples = torch.cat([obs[:, :-2], obs[:, 1:-1], obs[:, 2:]], dim=-1)
+        with torch.no_grad():
+            action = torch.cat([action[:, None], self.inverse_dynamics(triples)], dim=1)
+        # [deviation] The boxes have no (1 - terminated); without it no critic learns that a fall ends the rewards.
+        terminated = has_fallen(self.robot if self.args.termination == "rule" else "", obs[:, 1:])
+        ended_before = torch.cumsum(terminated, 1) - terminated.int() > 0
+        rows = [obs[:, :-1], action, reward[..., None], obs[:, 1:], terminated[..., None]]
+        return torch.cat(rows, dim=-1), ~ended_before
+
+
+def synthesize(args: Args, synthesizer: Synthesizer, run: Run) -> torch.Tensor:
+    """One rollout for every real pair, or one of conditioning_subsample of them -> rows [M, row_dim]."""
+    run.seed("synthesis", args.synthesis_seed)
+    pairs = len(synthesizer.windows.start)
+    chosen = torch.randperm(pairs, device=run.device)[: max(1, pairs // args.conditioning_subsample)]
+    parts, at_bounds, falls = [], 0.0, 0.0
+    with run.stage("synthesis", len(chosen), "pair") as bar:
+        for index in chosen.split(args.synthesis_batch_size):
+            rows, valid = synthesizer(index)
+            parts.append(rows[valid])
+            obs_dim, action_dim = synthesizer.world_model.obs_dim, synthesizer.windows.action.shape[1]
+            at_bounds += (rows[:, 1:, obs_dim : obs_dim + action_dim].abs() > 0.999).float().mean() * len(index)
+            falls += rows[..., -1].amax(1).sum()
+            bar.update(len(index))
+    transitions = torch.cat(parts)
+    run.log(
+        0,
+        {
+            "synthesis/transitions": len(transitions),
+            "synthesis/mean_reward": transitions[:, -2 - obs_dim].mean(),
+            "synthesis/action_clip_fraction": at_bounds / len(chosen),
+            "synthesis/fall_fraction": falls / len(chosen),
+        },
+    )
+    return transitions
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. Agent: TD3+BC
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def mlp(in_dim: int, out_dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(in_dim, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, out_dim))
+
+
+class Actor(nn.Module):
+    """Deterministic policy: obs [B, obs_dim], dataset units -> action [B, action_dim] in [-1, 1]."""
+
+    def __init__(self, obs_mean: torch.Tensor, obs_std: torch.Tensor, action_dim: int):
+        super().__init__()
+        self.register_buffer("obs_mean", obs_mean)
+        self.register_buffer("obs_std", obs_std)
+        self.net = mlp(len(obs_mean), action_dim)
+
+    def forward(self, obs):
+        return torch.tanh(self.net((obs - self.obs_mean) / self.obs_std))
+
+
+class Critic(nn.Module):
+    """Q(obs, action) -> [B]; obs in dataset units."""
+
+    def __init__(self, obs_mean: torch.Tensor, obs_std: torch.Tensor, action_dim: int):
+        super().__init__()
+        self.register_buffer("obs_mean", obs_mean)
+        self.register_buffer("obs_std", obs_std)
+        self.net = mlp(len(obs_mean) + action_dim, 1)
+
+    def forward(self, obs, action):
+        return self.net(torch.cat([(obs - self.obs_mean) / self.obs_std, action], dim=1))[:, 0]
+
+
+class TD3BC:
+    """Actor, twin critics and their targets; `update` is one step of [DAWM Alg. 2] in the working form of [TD3BC]."""
+
+    def __init__(self, args: Args, obs: torch.Tensor, action_dim: int):
+        self.args, obs_dim = args, obs.shape[1]
+        self.sizes = [obs_dim, action_dim, 1, obs_dim, 1]  # of a row's parts
+        units = obs.mean(0), obs.std(0) + 1e-3, action_dim  # of the real data, for synthetic data too [TD3BC Sec. 5]
+        self.actor, self.qf1, self.qf2 = (net(*units).to(obs.device) for net in (Actor, Critic, Critic))
+        self.actor_target, self.qf1_target, self.qf2_target = map(copy.deepcopy, (self.actor, self.qf1, self.qf2))
+        self.qf_parameters = [*self.qf1.parameters(), *self.qf2.parameters()]
+        self.actor_parameters = list(self.actor.parameters())
+        self.parameters = self.actor_parameters + self.qf_parameters
+        targets = (self.actor_target, self.qf1_target, self.qf2_target)
+        self.target_parameters = [parameter for net in targets for parameter in net.parameters()]
+        self.actor_optimizer = torch.optim.Adam(self.actor_parameters, lr=args.agent_lr, fused=True)
+        self.qf_optimizer = torch.optim.Adam(self.qf_parameters, lr=args.agent_lr, fused=True)
+
+    def update(self, batch: torch.Tensor, update_actor: bool) -> dict[str, torch.Tensor]:
+        """One critic update on rows [B, row_dim] and, if asked for, one actor and target update. Returns losses."""
+        obs, action, reward, next_obs, terminated = batch.split(self.sizes, dim=1)
+        target = self.td_target(reward[:, 0], next_obs, terminated[:, 0])
+        qf_loss = F.mse_loss(self.qf1(obs, action), target) + F.mse_loss(self.qf2(obs, action), target)
+        self.qf_optimizer.zero_grad()
+        qf_loss.backward(inputs=self.qf_parameters)
+        self.qf_optimizer.step()
+        losses = {"agent/qf_loss": qf_loss.detach(), "agent/qf_target": target.mean()}
+        if update_actor:
+            actor_loss, bc_loss = self.actor_loss(obs, action)
+            self.actor_optimizer.zero_grad()
+            actor_loss.backward(inputs=self.actor_parameters)
+            self.actor_optimizer.step()
+            with torch.no_grad():
+                torch._foreach_lerp_(self.target_parameters, self.parameters, self.args.tau)
+            losses |= {"agent/actor_loss": actor_loss.detach(), "agent/bc_loss": bc_loss.detach()}
+        return losses
+
+    @torch.no_grad()
+    def td_target(self, reward, next_obs, terminated) -> torch.Tensor:
+        """r + gamma (1 - terminated) min Q'(s', a'), a' = target policy plus clipped noise [TD3BC], all [B].
+
+        [deviation] [DAWM Alg. 2 l. 9] prints neither the noise (--policy-noise 0) nor the factor (--termination none).
+        """
+        args, next_action = self.args, self.actor_target(next_obs)
+        noise = (torch.randn_like(next_action) * args.policy_noise).clamp(-args.noise_clip, args.noise_clip)
+        next_action = (next_action + noise).clamp(-1, 1)
+        next_value = torch.minimum(self.qf1_target(next_obs, next_action), self.qf2_target(next_obs, next_action))
+        return reward + args.gamma * (1 - terminated) * next_value
+
+    def actor_loss(self, obs, action) -> tuple[torch.Tensor, torch.Tensor]:
+        """-lambda Q + behaviour cloning, and the latter alone; lambda = bc_alpha / mean|Q| [TD3BC Eq. 5].
+
+        [deviation] [DAWM Alg. 2] prints descent on +Q and lambda on both terms, with which the actor would minimise Q.
+        """
+        policy_action = self.actor(obs)
+        q = self.qf1(obs, policy_action)
+        bc_loss = F.mse_loss(policy_action, action)
+        return -self.args.bc_alpha / q.abs().mean().detach() * q.mean() + bc_loss, bc_loss
+
+
+def batches(args: Args, real: torch.Tensor, synthetic: torch.Tensor | None, synthesizer: Synthesizer | None):
+    """Endless (rows, update_actor): what each critic update learns from, and whether the actor follows it."""
+    device = real.device
+    if args.synthesis == "online" and args.synthetic_fraction > 0:
+        iteration = 0
+        while True:  # [DAWM Alg. 2]: fresh rollouts, then one update per step h = 0..H of them
+            iteration += 1
+            index = torch.randint(len(real), (args.agent_batch_size,), device=device)
+            rows, valid = synthesizer(index)
+            for h in range(args.horizon + 1):
+                batch = rows[:, h][valid[:, h]]
+                if len(batch):
+                    yield batch, iteration % args.policy_delay == 0  # n counts outer iterations, as printed
+    num_synthetic = round(args.synthetic_fraction * args.agent_batch_size)
+    update = 0
+    while True:
+        update += 1
+        parts = []
+        for source, size in ((synthetic, num_synthetic), (real, args.agent_batch_size - num_synthetic)):
+            if size:
+                parts.append(source[torch.randint(len(source), (size,), device=device)])
+        yield torch.cat(parts) if len(parts) > 1 else parts[0], update % args.policy_delay == 0
+
+
+def train_agent(args: Args, dataset: OfflineDataset, synthetic, synthesizer, evaluator: Evaluator, run: Run):
+    """TD3+BC on synthetic and real rows -> the actor, and the mean return of every evaluation, in order."""
+    run.seed("agent", args.seed)
+    real = real_transitions(dataset, run.device)
+    agent = TD3BC(args, real[:, : dataset.obs.shape[1]], dataset.action.shape[1])
+    source, losses, returns = batches(args, real, synthetic, synthesizer), {}, []
+    with run.stage("agent", args.agent_updates, "update") as bar:
+        for update in range(1, args.agent_updates + 1):
+            losses |= agent.update(*next(source))
+            if update % args.log_every == 0:
+                run.log(update, losses)
+            if update % args.eval_every == 0 or update == args.agent_updates:
+                returns.append(evaluate(agent.actor, evaluator, dataset, update, run))
+                bar.set_postfix(episodic_return=f"{returns[-1]:.0f}")
+            bar.update()
+    save_file(agent.actor.state_dict(), run.folder / "actor.safetensors")
+    return agent.actor, returns
+
+
+def evaluate(actor: Actor, evaluator: Evaluator, dataset: OfflineDataset, update: int, run: Run) -> float:
+    """Mean return of whole episodes of the deterministic actor [TD3BC]; logs it, and the score where one is defined."""
+
+    @torch.no_grad()
+    def policy(obs: np.ndarray) -> np.ndarray:
+        return actor(torch.as_tensor(obs, device=run.device)).cpu().numpy()
+
+    returns = evaluator(policy, seed=run.args.seed + 100)  # as TD3BC's code
+    mean = float(returns.mean())
+    score = normalized_score(dataset.robot, mean)
+    run.log(
+        update,
+        {"eval/episodic_return": mean, "eval/episodic_return_std": returns.std()}
+        | ({} if score is None else {"eval/normalized_score": score}),
+    )
+    return mean
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. The whole method [DAWM Alg. 2]
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main(args: Args) -> float:
+    check_args(args)
+    run = Run(args)
+    dataset = load_dataset(args.env_id, args.data_path)
+    args.physics = dataset.physics if args.physics == "auto" else args.physics
+    evaluator = Evaluator(dataset.simulator, args.physics, args.eval_episodes)
+    windows = Windows(args, dataset, run.device)
+    run.describe(dataset.facts(), return_scale=windows.return_scale, target_return=windows.target_return)
+    synthetic = synthesizer = None
+    if args.synthetic_fraction > 0:
+        world_model = train_world_model(args, windows, run)
+        inverse_dynamics = train_inverse_dynamics(args, windows, run)
+        synthesizer = Synthesizer(args, dataset.robot, windows, world_model, inverse_dynamics)
+        synthetic = synthesize(args, synthesizer, run) if args.synthesis == "dataset" else None
+    else:
+        run.say("control", "--synthetic-fraction 0: no world model, no inverse dynamics, TD3+BC on the real data")
+    _, returns = train_agent(args, dataset, synthetic, synthesizer, evaluator, run)
+    run.finish(score_report(dataset.robot, dataset.returns, returns, evaluator))
+    return returns[-1]
+
+
+if __name__ == "__main__":
+    run_script(main, Args, LAPTOP)

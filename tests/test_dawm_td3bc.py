@@ -1,0 +1,624 @@
+"""dawm_td3bc.py: its mathematics by import, learning on known dynamics, and the script by its command line."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from copy import deepcopy
+from types import SimpleNamespace
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+import dawm_td3bc as script
+from common import UserError
+from common.data import OfflineDataset
+from common.evaluation import make_env
+from common.run import Run
+from dawm_td3bc import Args
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TINY = dict(env_id="linear", unet_width=16, unet_multipliers=(1, 2), device="cpu")
+
+
+def linear_dataset(episodes=40, length=30, terminated=False, seed=0) -> OfflineDataset:
+    """s' = 0.9 s + 0.3 a in two dimensions, reward = s_0, actions uniform: the inverse is a = (s' - 0.9 s) / 0.3."""
+    rng = np.random.default_rng(seed)
+    obs = np.zeros((episodes, length + 1, 2))
+    obs[:, 0] = rng.uniform(-1, 1, (episodes, 2))
+    action = rng.uniform(-0.95, 0.95, (episodes, length, 2))
+    for step in range(length):
+        obs[:, step + 1] = 0.9 * obs[:, step] + 0.3 * action[:, step]
+    ends = np.zeros((episodes, length), bool)
+    ends[:, -1] = terminated
+
+    def flat(array):
+        return array.reshape(episodes * length, *array.shape[2:]).astype(np.float32)
+
+    return OfflineDataset(
+        "linear", "test", "", "", "Linear-v0", "stock", "", flat(obs[:, :-1]), flat(action), flat(obs[:, :-1, 0]),
+        flat(obs[:, 1:]), ends.reshape(-1), np.full(episodes, length), np.ones(episodes, bool),
+    )  # fmt: skip
+
+
+def make_windows(dataset, **changes):
+    return script.Windows(Args(**TINY, **changes), dataset, torch.device("cpu"))
+
+
+def make_world_model(windows, **changes):
+    return script.WorldModel(Args(**TINY, **changes), windows)
+
+
+# ---- Section 2: windows and return-to-go
+
+
+def test_return_to_go_by_hand():
+    """Rewards 1, 1, 1 then the end, gamma 0.99: 2.9701, 1.99, 1; the second episode starts afresh."""
+    rtg = script.discounted_return_to_go(np.array([1.0, 1, 1, 5, 7]), np.array([3, 2]), 0.99)
+    assert rtg == pytest.approx([2.9701, 1.99, 1.0, 5 + 0.99 * 7, 7])
+
+
+@pytest.mark.parametrize("return_to_go", ["episode", "window"])
+@pytest.mark.parametrize("padding", ["absorbing", "none"])
+@pytest.mark.parametrize("terminated", [True, False])
+def test_windows_against_a_plain_loop(return_to_go, padding, terminated):
+    horizon, gamma = 3, 0.9
+    dataset = linear_dataset(episodes=3, length=6, terminated=terminated)
+    windows = make_windows(dataset, horizon=horizon, gamma=gamma, return_to_go=return_to_go, window_padding=padding)
+    rows = windows.rows(torch.arange(18))
+    for start in range(18):
+        end = start - start % 6 + 5  # last transition of the episode
+        states, rewards, label = [], [], 0.0
+        for step in range(horizon + 2):
+            row = start + step
+            states.append(dataset.obs[row] if row <= end else dataset.next_obs[end])
+            rewards.append(dataset.reward[row] if row <= end else 0.0)
+        for row in range(start, end + 1):
+            if return_to_go == "episode" or row <= start + horizon:
+                label += gamma ** (row - start) * dataset.reward[row]
+        fits = start + horizon <= end
+        assert windows.fits[start] == fits
+        assert windows.usable[start] == (fits or (padding == "absorbing" and terminated))
+        np.testing.assert_array_equal(windows.obs[rows[start]].numpy(), np.array(states))
+        np.testing.assert_allclose(windows.reward[rows[start]].numpy(), rewards)
+        assert float(windows.return_to_go[start] * windows.return_scale) == pytest.approx(label, rel=1e-4, abs=1e-5)
+
+
+def test_no_episode_as_long_as_the_horizon():
+    with pytest.raises(
+        UserError, match="--horizon 7 needs 8 transitions in a row, but the longest episode has 5; lower"
+    ):
+        make_windows(linear_dataset(length=5))
+
+
+def test_unknown_task_gets_the_stated_rule():
+    """The largest return-to-go becomes 0.6, the target 0.7; known tasks have the paper's divisor; a flag wins."""
+    windows = make_windows(linear_dataset())
+    assert float(windows.return_to_go.max()) == pytest.approx(0.6) and windows.target_return == 0.7
+    assert script.task_constants(Args(env_id="walker2d-medium-v2"), 1.0) == (550, 0.7)
+    assert script.task_constants(Args(env_id="walker2d-medium-v2", target_return=0.3), 1.0) == (550, 0.3)
+
+
+@pytest.mark.parametrize("num_quantiles", [2, 1000])
+def test_normalizer_round_trip(num_quantiles):
+    values = torch.randn(5000, 3) * torch.tensor([1.0, 10, 0.1])
+    values[:, 2] = values[:, 2].clamp(-0.05, 0.05)  # a clipped velocity: many equal values
+    normalizer = script.Normalizer(values, num_quantiles)
+    y = normalizer.normalize(values)
+    assert y.min() >= -1 and y.max() <= 1 and y[values.argmax(0), range(3)].eq(1).all()
+    torch.testing.assert_close(normalizer.denormalize(y), values, atol=1e-4, rtol=1e-4)
+
+
+def test_cdf_normalizer_is_the_empirical_cdf():
+    """For distinct values, the share of data at or below x, mapped to [-1, 1]: within two quantile steps."""
+    values = torch.randn(2001, 1)
+    y = script.Normalizer(values, 10_000).normalize(values)[:, 0]
+    share = (values <= values.T).float().mean(0)
+    assert (y - (2 * share - 1)).abs().max() < 2 * 2 / 2001
+
+
+def test_constant_dimension_survives():
+    normalizer = script.Normalizer(torch.tensor([[3.0], [3.0], [3.0]]), 2)
+    assert normalizer.denormalize(normalizer.normalize(torch.tensor([[3.0]]))).item() == 3.0
+
+
+# ---- Section 3: diffusion (figures: cosine schedule with s = 0.008 and clip 0.999, computed in float64 by hand)
+
+
+def test_schedule():
+    expected = [1, 0.89870592, 0.64747821, 0.34080964, 0.09404561, 0.00009405]
+    torch.testing.assert_close(
+        script.cosine_alpha_bar(5), torch.tensor(expected, dtype=torch.float64), atol=1e-8, rtol=0
+    )
+
+
+def test_strided_steps():
+    assert script.strided_steps(5, 3) == [1, 3, 5]
+    assert script.strided_steps(5, 2) == [1, 5]
+    assert script.strided_steps(5, 5) == [1, 2, 3, 4, 5]
+    assert script.strided_steps(5, 1) == [5]
+
+
+@pytest.mark.parametrize(
+    "steps, expected",
+    [  # weight of x0, weight of x_k, std; ascending steps
+        ([1, 3, 5], [(1, 0, 0), (0.89275814, 0.09462815, 0.30885493), (0.58368283, 0.01095128, 0.81183153)]),
+        ([1, 5], [(1, 0, 0), (0.94799096, 0.00103630, 0.31826562)]),
+        (
+            [1, 2, 3, 4, 5],
+            [
+                (1, 0, 0),
+                (0.75174885, 0.24389443, 0.28341577),
+                (0.57815707, 0.38798816, 0.50327993),
+                (0.46657298, 0.38222391, 0.72583390),
+                (0.30639072, 0.02865149, 0.95138507),
+            ],
+        ),
+    ],
+)
+def test_posterior(steps, expected):
+    alpha_bar = script.cosine_alpha_bar(5)
+    coefficients = script.posterior_coefficients(alpha_bar, steps)
+    np.testing.assert_allclose(coefficients, expected, atol=1e-7)
+    for (weight_x0, weight_x_k, _), current, previous in zip(coefficients, steps, [0, *steps], strict=False):
+        assert weight_x0 + weight_x_k * alpha_bar[current].sqrt() == pytest.approx(float(alpha_bar[previous].sqrt()))
+
+
+def test_q_sample_mean_and_variance():
+    world_model = make_world_model(make_windows(linear_dataset()))
+    x0 = torch.full((40_000, 1, 1), 0.5)
+    x_k = world_model.q_sample(x0, torch.full((40_000,), 3), torch.randn(40_000, 1, 1))
+    assert x_k.mean().item() == pytest.approx(0.58378904 * 0.5, abs=0.02)  # sqrt(alpha_bar_3) * x0
+    assert x_k.var().item() == pytest.approx(1 - 0.34080964, rel=0.03)
+
+
+def test_parameter_counts():
+    """[DD code]'s network with an action embedding, counted layer by layer: 60,717,580 Hopper, 60,723,346 Walker2d."""
+    for channels, action_dim, expected in ((12, 3, 60_717_580), (18, 6, 60_723_346)):
+        with torch.device("meta"):
+            network = script.TemporalUNet(channels, action_dim, 128, (1, 4, 8))
+        assert sum(p.numel() for p in network.parameters()) == expected
+    with torch.device("meta"):
+        obs = torch.empty(10, 11)
+        networks = (
+            script.InverseDynamics(Args(), obs, 3),
+            script.Actor(obs[0], obs[0], 3),
+            script.Critic(obs[0], obs[0], 3),
+        )
+    assert [sum(p.numel() for p in n.parameters()) for n in networks] == [2_174_982, 69_635, 139_778 // 2]
+
+
+@pytest.mark.parametrize("horizon", [1, 3, 7])
+@pytest.mark.parametrize("multipliers", [(1,), (1, 2), (1, 2, 4)])
+def test_unet_keeps_any_length(horizon, multipliers):
+    network = script.TemporalUNet(5, 2, 8, multipliers)
+    x = torch.randn(3, horizon + 2, 5)
+    y = network(x, torch.tensor([1, 2, 3]), torch.randn(3, 2), torch.randn(3, 1), torch.ones(3, 1))
+    assert y.shape == x.shape
+
+
+class Oracle(torch.nn.Module):
+    """Returns the exact noise (or x0) for one known clean window, whatever the condition."""
+
+    def __init__(self, world_model, x0):
+        super().__init__()
+        self.world_model, self.x0 = world_model, x0
+
+    def forward(self, x_k, k, *_):
+        if self.world_model.args.prediction == "x0":
+            return self.x0.expand_as(x_k)
+        alpha_bar = self.world_model.alpha_bar[k].float()[:, None, None]
+        return (x_k - alpha_bar.sqrt() * self.x0) / (1 - alpha_bar).sqrt()
+
+
+@pytest.mark.parametrize("prediction", ["noise", "x0"])
+@pytest.mark.parametrize("sampling_steps", [1, 2, 3, 5])
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_sampler_with_an_oracle_returns_its_window(prediction, sampling_steps, temperature):
+    """The last denoising step outputs x0 itself, so any N and any temperature must end at the oracle's window."""
+    windows = make_windows(linear_dataset())
+    world_model = make_world_model(
+        windows, prediction=prediction, sampling_steps=sampling_steps, sampling_temperature=temperature
+    )
+    rows = windows.rows(torch.tensor([4]))
+    x0 = world_model.normalize(windows.obs[rows], windows.reward[rows])
+    x0[:, -1, -1] = 0
+    world_model.denoiser = Oracle(world_model, x0)
+    obs, reward = world_model.sample(windows.obs[rows][:, 0], torch.zeros(1, 2), torch.zeros(1, 1))
+    torch.testing.assert_close(obs, windows.obs[rows], atol=2e-3, rtol=0)
+    torch.testing.assert_close(reward, windows.reward[rows][:, :-1], atol=2e-3, rtol=0)
+
+
+def test_first_state_is_the_given_one_to_the_bit_and_pinned_in_every_network_call():
+    windows = make_windows(linear_dataset())
+    world_model, seen = make_world_model(windows), []
+    inner = world_model.denoiser
+    inner.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].clone()))
+    obs = windows.obs[:50] + 0.0123
+    generated, _ = world_model.sample(obs, windows.action[:50], torch.ones(50, 1))
+    assert torch.equal(generated[:, 0], obs)
+    known = world_model.obs_units.normalize(obs)
+    assert len(seen) == 3
+    for x in seen:
+        assert torch.equal(x[:, 0, :2], torch.cat([known, known])) and x[:, -1, -1].eq(0).all()
+
+
+def test_known_places_have_no_gradient():
+    windows = make_windows(linear_dataset())
+    world_model = make_world_model(windows)
+    rows = windows.rows(torch.arange(6))
+    x0 = world_model.normalize(windows.obs[rows], windows.reward[rows])
+    output = torch.randn_like(x0, requires_grad=True)
+    world_model.denoiser.forward = lambda *_: output
+    world_model.loss(x0, None, None, None).backward()
+    known = torch.zeros_like(x0, dtype=torch.bool)
+    known[:, 0, :2] = known[:, -1, -1] = True
+    assert output.grad[known].eq(0).all() and output.grad[~known].ne(0).all()
+
+
+def test_guidance():
+    """Scale 1 is the conditional prediction, 0 the unconditional one; one batch of both equals two calls."""
+    windows = make_windows(linear_dataset())
+    # one denoising step without noise: the sample is a function of one prediction
+    world_model = make_world_model(windows, diffusion_steps=1, sampling_steps=1, sampling_temperature=0.0)
+    denoiser, obs, action = world_model.denoiser, windows.obs[:5], windows.action[:5]
+    for scale in (0.0, 1.0, 1.7):
+        world_model.args.guidance_scale = scale
+        torch.manual_seed(3)
+        sampled, _ = world_model.sample(obs, action, torch.ones(5, 1))
+        torch.manual_seed(3)
+        x = world_model.pin(torch.randn(5, 9, 3), world_model.normalize(obs[:, None], torch.zeros(5, 1)))
+        call = x, torch.ones(5, dtype=torch.long), action, torch.ones(5, 1)
+        with torch.no_grad():
+            uncond, cond = denoiser(*call, torch.zeros(5, 1)), denoiser(*call, torch.ones(5, 1))
+        noise = (1 - scale) * uncond + scale * cond
+        alpha_bar = float(world_model.alpha_bar[1])
+        x0 = ((x - math.sqrt(1 - alpha_bar) * noise) / math.sqrt(alpha_bar)).clamp(-1, 1)
+        expected = world_model.obs_units.denormalize(x0[:, 1:, :2])
+        torch.testing.assert_close(sampled[:, 1:], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_dropped_return_is_invisible_and_the_action_is_not():
+    network = script.TemporalUNet(3, 2, 16, (1, 2))
+    x, k, action = torch.randn(4, 9, 3), torch.full((4,), 2), torch.randn(4, 2)
+    low, high, keep, drop = torch.zeros(4, 1), torch.ones(4, 1), torch.ones(4, 1), torch.zeros(4, 1)
+    assert torch.equal(network(x, k, action, low, drop), network(x, k, action, high, drop))
+    assert not torch.equal(network(x, k, action, low, keep), network(x, k, action, high, keep))
+    assert not torch.equal(network(x, k, action, low, drop), network(x, k, -action, low, drop))
+
+
+# ---- Sections 4 and 5: inverse dynamics, synthesis
+
+
+def test_tanh_normal_density():
+    """a = 0.2, mean 0.3 before tanh, std 0.5: -0.203891, by hand; and it integrates to 1."""
+    log_std = torch.tensor([math.log(0.5)])
+    log_prob = script.tanh_normal_log_prob(torch.tensor([0.2]), torch.tensor([0.3]), log_std)
+    assert log_prob.item() == pytest.approx(-0.203891, abs=1e-5)
+    grid = torch.linspace(-1, 1, 200_001)[1:-1, None]
+    density = script.tanh_normal_log_prob(grid, torch.tensor([0.3]), log_std).exp()
+    assert (density.sum() * 1e-5).item() == pytest.approx(1, abs=1e-3)
+    assert torch.isfinite(script.tanh_normal_log_prob(torch.tensor([1.0]), torch.tensor([0.0]), log_std))
+
+
+@pytest.mark.parametrize("robot, simulator", [("hopper", "Hopper-v4"), ("walker2d", "Walker2d-v4")])
+def test_fall_rule_is_the_simulators(robot, simulator):
+    """Random play: the rule on next_obs must equal `terminated` at every step."""
+    env, disagreements, falls = make_env(simulator, "d4rl"), 0, 0
+    rng = np.random.default_rng(0)
+    for episode in range(30):
+        env.reset(seed=episode)
+        for _ in range(200):
+            obs, _, terminated, _, _ = env.step(rng.uniform(-1, 1, env.action_space.shape))
+            disagreements += terminated != bool(script.has_fallen(robot, torch.as_tensor(obs, dtype=torch.float32)))
+            falls += terminated
+            if terminated:
+                break
+    assert falls >= 20 and disagreements == 0
+
+
+def test_fall_rule_boundaries():
+    upright = torch.zeros(11)
+    upright[0] = 1.2
+    assert not script.has_fallen("hopper", upright)
+    for place, value in ((0, 0.7), (1, 0.2), (1, -0.2), (5, 100.0), (5, -100.0), (5, math.nan)):
+        fallen = upright.clone()
+        fallen[place] = value
+        assert script.has_fallen("hopper", fallen), (place, value)
+    assert not script.has_fallen("halfcheetah", torch.full((17,), 50.0))
+
+
+def test_synthesis_assembles_complete_transitions():
+    windows = make_windows(linear_dataset())
+    world_model = make_world_model(windows)
+    calls = []
+
+    def inverse_dynamics(triples):  # a = (s' - 0.9 s) / 0.3 of the triple (past, s, s')
+        calls.append(triples.shape)
+        return (triples[..., 4:6] - 0.9 * triples[..., 2:4]) / 0.3
+
+    rows, valid = script.Synthesizer(Args(**TINY), "", windows, world_model, inverse_dynamics)(torch.arange(20))
+    obs, action, reward, next_obs, terminated = rows.split([2, 2, 1, 2, 1], dim=-1)
+    assert rows.shape == (20, 8, 8) and calls == [(20, 7, 6)] and valid.all() and not terminated.any()
+    assert torch.equal(obs[:, 0], windows.obs[windows.start[:20]]) and torch.equal(action[:, 0], windows.action[:20])
+    assert torch.equal(obs[:, 1:], next_obs[:, :-1])
+    torch.testing.assert_close(next_obs[:, 1:], 0.9 * obs[:, 1:] + 0.3 * action[:, 1:], atol=1e-5, rtol=1e-5)
+    assert reward.abs().max() <= windows.reward.abs().max() + 1e-5
+
+
+@pytest.mark.parametrize("termination", ["rule", "none"])
+def test_transitions_after_a_fall_are_dropped(termination):
+    windows = make_windows(linear_dataset())
+    world_model = make_world_model(windows)
+    heights = torch.ones(1, 9, 11) * 0.01
+    heights[0, :, 0] = torch.tensor([1.2, 1.1, 1.0, 0.6, 1.2, 1.2, 1.2, 1.2, 1.2])  # down at state 3
+    world_model.sample = lambda *_: (heights, torch.zeros(1, 8))
+    synthesizer = script.Synthesizer(
+        Args(**TINY, termination=termination), "hopper", windows, world_model, lambda x: torch.zeros(1, 7, 2)
+    )
+    rows, valid = synthesizer(torch.tensor([0]))
+    fall = termination == "rule"
+    assert rows[0, :, -1].tolist() == [0, 0, float(fall), 0, 0, 0, 0, 0]
+    assert valid[0].tolist() == [True] * 3 + [not fall] * 5
+
+
+# ---- Section 6: the agent
+
+
+def make_agent(**changes):
+    torch.manual_seed(0)
+    return script.TD3BC(Args(**changes), torch.randn(100, 11) * 3 + 1, 3)
+
+
+def random_rows(count=64):
+    rows = torch.randn(count, 11 + 3 + 1 + 11 + 1)
+    rows[:, 11:14] = rows[:, 11:14].clamp(-1, 1)
+    rows[:, -1] = (rows[:, -1] > 0.5).float()
+    return rows
+
+
+def test_td_target_by_hand():
+    agent = make_agent(policy_noise=0.0)
+    reward, next_obs, terminated = torch.tensor([1.0, 2.0]), torch.randn(2, 11), torch.tensor([0.0, 1.0])
+    with torch.no_grad():
+        action = agent.actor_target(next_obs)
+        value = [min(q1, q2) for q1, q2 in zip(agent.qf1_target(next_obs, action), agent.qf2_target(next_obs, action))]
+    target = agent.td_target(reward, next_obs, terminated)
+    assert target.tolist() == pytest.approx([1 + 0.99 * float(value[0]), 2.0])
+
+
+def test_target_noise_is_clipped_and_so_is_the_action():
+    agent = make_agent(policy_noise=100.0)
+    seen = []
+    agent.qf1_target = agent.qf2_target = lambda obs, action: (seen.append(action), torch.zeros(len(obs)))[1]
+    agent.actor_target = lambda obs: torch.zeros(len(obs), 3)
+    agent.td_target(torch.zeros(50), torch.zeros(50, 11), torch.zeros(50))
+    assert seen[0].abs().max() == 0.5  # noise_clip
+    agent.actor_target = lambda obs: torch.ones(len(obs), 3)
+    agent.td_target(torch.zeros(50), torch.zeros(50, 11), torch.zeros(50))
+    assert seen[-1].max() == 1
+
+
+def test_actor_loss_weight_and_gradients():
+    """lambda * mean|Q| is bc_alpha, so the Q term is -2.5 times the sign-weighted mean; critics get no gradient."""
+    agent, rows = make_agent(), random_rows()
+    obs, action = rows[:, :11], rows[:, 11:14]
+    q = agent.qf1(obs, agent.actor(obs)).detach()
+    loss, bc_loss = (x.detach() for x in agent.actor_loss(obs, action))
+    assert float(loss - bc_loss) == pytest.approx(float(-2.5 * q.mean() / q.abs().mean()), rel=1e-5)
+    assert float(bc_loss) == pytest.approx(float((agent.actor(obs) - action).square().mean()), rel=1e-5)
+    before = [p.clone() for p in agent.qf_parameters]
+    agent.update(rows, update_actor=True)
+    agent.qf_optimizer.zero_grad()
+    frozen = [p.clone() for p in agent.qf_parameters]
+    actor_loss, _ = agent.actor_loss(obs, action)
+    actor_loss.backward(inputs=agent.actor_parameters)
+    assert all(p.grad is None for p in agent.qf_parameters)
+    assert all(torch.equal(a, b) for a, b in zip(frozen, agent.qf_parameters))
+    assert any(not torch.equal(a, b) for a, b in zip(before, agent.qf_parameters))
+
+
+def test_targets_move_by_the_polyak_rate_only_with_the_actor():
+    agent = make_agent()
+    start = [p.clone() for p in agent.target_parameters]
+    agent.update(random_rows(), update_actor=False)
+    assert all(torch.equal(a, b) for a, b in zip(start, agent.target_parameters))
+    agent.update(random_rows(), update_actor=True)
+    for before, now, online in zip(start, agent.target_parameters, agent.parameters):
+        torch.testing.assert_close(now, 0.995 * before + 0.005 * online, atol=1e-6, rtol=1e-5)
+
+
+def test_actor_carries_the_observation_statistics():
+    obs = torch.randn(500, 11) * 3 + 1
+    agent = script.TD3BC(Args(), obs, 3)
+    torch.testing.assert_close(agent.actor.obs_mean, obs.mean(0))
+    torch.testing.assert_close(agent.actor.obs_std, obs.std(0) + 1e-3)  # TD3+BC's epsilon
+
+
+@pytest.mark.parametrize("fraction, expected", [(0.0, 0), (0.25, 16), (1.0, 64)])
+def test_batches_mix_by_the_fraction(fraction, expected):
+    args = Args(synthetic_fraction=fraction, agent_batch_size=64)
+    source = script.batches(args, torch.zeros(10, 5), torch.ones(20, 5), None)
+    flags = []
+    for _ in range(4):
+        rows, update_actor = next(source)
+        flags.append(update_actor)
+        assert rows.shape == (64, 5) and rows[:, 0].sum() == expected
+    assert flags == [False, True, False, True]
+
+
+def test_online_batches_follow_algorithm_2():
+    """One batch for each h of fresh rollouts; the actor follows all H+1 of every second iteration, as printed."""
+    rows = torch.arange(3).float().repeat(4, 1)[..., None].expand(4, 3, 5)
+    valid = torch.tensor([[True, True, False]] * 4)
+    args = Args(synthesis="online", horizon=2)
+    source = script.batches(args, torch.zeros(10, 5), None, lambda index: (rows, valid))
+    assert [(float(r[0, 0]), len(r), flag) for r, flag in (next(source) for _ in range(4))] == [
+        (0.0, 4, False), (1.0, 4, False), (0.0, 4, True), (1.0, 4, True),
+    ]  # fmt: skip
+
+
+# ---- Learning on the linear system
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run(Args(run_dir=tmp_path, device="cpu"))
+
+
+@pytest.mark.parametrize("prediction", ["noise", "x0"])
+def test_world_model_learns_known_dynamics(run, prediction):
+    """After one real action, s' = 0.9 s + 0.3 a is certain; an untrained model misses by about one data std."""
+    args = Args(**TINY, prediction=prediction, world_model_steps=600, world_model_lr=3e-3, ema_decay=0.9, ema_start=0,
+                horizon=2, normalizer="limits", log_every=300)  # fmt: skip
+    windows = script.Windows(args, linear_dataset(episodes=100), run.device)
+    world_model = script.train_world_model(args, windows, run)
+    index = torch.arange(0, 2000, 7)
+    state, action = windows.obs[windows.start[index]], windows.action[index]
+    obs, reward = world_model.sample(state, action, windows.return_to_go[index, None])
+    scale = windows.obs.std(0)
+    assert ((obs[:, 1] - (0.9 * state + 0.3 * action)) / scale).abs().mean() < 0.2
+    assert ((reward[:, 0] - state[:, 0]) / windows.reward.std()).abs().mean() < 0.2
+
+
+def test_inverse_dynamics_learns_the_known_inverse_and_keeps_its_best_weights(run):
+    args = Args(**TINY, idm_steps=800, idm_batch_size=256, idm_width=64, idm_lr=3e-3, log_every=100, horizon=2)
+    windows = script.Windows(args, linear_dataset(episodes=100), run.device)
+    inverse_dynamics = script.train_inverse_dynamics(args, windows, run)
+    row = windows.start[1:20]
+    triples = torch.cat([windows.obs[row - 1], windows.obs[row], windows.obs[row + 1]], dim=1)
+    assert (inverse_dynamics(triples) - windows.action[1:20]).abs().mean() < 0.06
+    losses = [value for _, value in run.history["idm/val_loss"]]
+    assert run.history["idm/best_val_loss"][-1][1] == min(losses)
+
+
+def test_inverse_dynamics_returns_an_earlier_best(run, monkeypatch):
+    """With a learning rate that destroys the network after a good start, the good weights must come back."""
+    args = Args(**TINY, idm_steps=40, idm_batch_size=64, idm_width=32, idm_lr=1e-2, log_every=10, horizon=2)
+    windows = script.Windows(args, linear_dataset(episodes=30), run.device)
+    losses, kept = iter([0.1, 5.0, 6.0, 7.0]), []
+
+    def log(step, values):
+        if "idm/val_loss" in values:
+            values["idm/val_loss"].fill_(next(losses))  # in place: what the script compares next
+
+    monkeypatch.setattr(run, "log", log)
+    monkeypatch.setattr(script, "copy", SimpleNamespace(deepcopy=lambda x: kept.append(deepcopy(x)) or kept[-1]))
+    model = script.train_inverse_dynamics(args, windows, run)
+    assert len(kept) == 1  # only the first check was the best
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), kept[0].values(), strict=True))
+
+
+# ---- The command line
+
+
+def hopper_file(path, episodes=12, length=40):
+    """Random play in Hopper, in D4RL's layout."""
+    env, rng, rows = make_env("Hopper-v4", "d4rl"), np.random.default_rng(0), []
+    for episode in range(episodes):
+        obs, _ = env.reset(seed=episode)
+        for step in range(length):
+            action = rng.uniform(-1, 1, 3)
+            next_obs, reward, terminated, _, _ = env.step(action)
+            rows.append((obs, action, reward, next_obs, terminated, step == length - 1 and not terminated))
+            obs = next_obs
+            if terminated:
+                break
+    keys = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
+    with h5py.File(path, "w") as file:
+        for key, column in zip(keys, zip(*rows, strict=True), strict=True):
+            kind = bool if key in ("terminals", "timeouts") else np.float32
+            file[key] = np.array(column).astype(kind)
+    return path
+
+
+TOY = (
+    "--laptop --world-model-steps 30 --unet-width 8 --idm-steps 20 --idm-width 16 --agent-updates 40 --eval-every 20 "
+    "--eval-episodes 2 --log-every 10 --device cpu"
+).split()
+
+
+def command(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "dawm_td3bc.py", *map(str, arguments)],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_d4rl_layout_file_to_score_and_same_seed_same_metrics(tmp_path):
+    data = hopper_file(tmp_path / "data.hdf5")
+    runs = []
+    for folder in ("a", "b"):
+        arguments = "--env-id", "hopper-medium-v2", "--data-path", data, "--run-dir", tmp_path / folder, *TOY
+        result = command(*arguments, DAWM_CACHE_DIR=str(tmp_path / "cache"))
+        assert result.returncode == 0, result.stderr[-2000:]
+        (where,) = (tmp_path / folder).iterdir()
+        runs.append(where)
+    assert "not the published hopper-medium-v2 file" in result.stdout and "final" in result.stdout
+    assert {"args.json", "metrics.jsonl", "summary.txt", "curves.png", "actor.safetensors", "world_model.safetensors",
+            "inverse_dynamics.safetensors"} <= {p.name for p in runs[0].iterdir()}  # fmt: skip
+    facts = json.loads((runs[0] / "args.json").read_text())
+    assert facts["data"]["sha256"] and facts["versions"]["torch"] and facts["args"]["unet_width"] == 8
+
+    def metrics(where):
+        lines = [json.loads(line) for line in (where / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
+
+    assert metrics(runs[0]) == metrics(runs[1])
+    names = {name for line in metrics(runs[0]) for name in line}
+    assert {"world_model/loss", "idm/val_mse", "synthesis/transitions", "agent/qf_loss", "agent/actor_loss",
+            "eval/episodic_return", "eval/normalized_score"} <= names  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [["--synthetic-fraction", "0"], ["--synthesis", "online", "--prediction", "x0"]])
+def test_control_and_online_mode(tmp_path, options):
+    data = hopper_file(tmp_path / "data.hdf5")
+    arguments = "--env-id", "hopper-medium-v2", "--data-path", data, "--run-dir", tmp_path / "runs", *TOY, *options
+    result = command(*arguments, DAWM_CACHE_DIR=str(tmp_path / "cache"))
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert ("no world model" in result.stdout) == (options[1] == "0")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--env-id", "hoper-medium-v2"], "unknown --env-id 'hoper-medium-v2'; nearest known: hopper-medium-v2"),
+        (["--sampling-steps", "6"], "--sampling-steps 6 is above --diffusion-steps 5"),
+        (["--synthetic-fraction", "1.5"], "--synthetic-fraction 1.5 lies outside [0, 1]"),
+        (["--horizon", "0"], "--horizon 0 must be 1 or more"),
+        (["--gamma", "nan"], "--gamma nan lies outside [0, 1]"),
+        (["--target-return", "inf"], "--target-return inf lies outside [-100, 100]"),
+        (["--unet-width", "12"], "--unet-width 12 must be 8, 16"),
+        (["--run-dir", "/dev/null/runs"], "cannot write the run folder"),
+        *(
+            []
+            if torch.cuda.is_available()
+            else [(["--device", "cuda"], "--device cuda, but torch sees no CUDA device")]
+        ),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(arguments, message, monkeypatch, capsys, tmp_path):
+    if "--run-dir" not in arguments:
+        arguments = [*arguments, "--run-dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["dawm_td3bc.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        script.run_script(script.main, Args, script.LAPTOP)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_help_groups_arguments_and_laptop_defaults_yield_to_flags(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["dawm_td3bc.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        script.run_script(script.main, Args, script.LAPTOP)
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    for heading in ("World model", "Inverse dynamics", "Synthesis", "Agent", "Evaluation"):
+        assert heading.lower() in text.lower()
+    monkeypatch.setattr(sys, "argv", ["dawm_td3bc.py", "--laptop", "--idm-steps", "7"])
+    seen = []
+    script.run_script(seen.append, Args, script.LAPTOP)
+    assert seen[0] == Args(**{**script.LAPTOP, "laptop": True, "idm_steps": 7})
