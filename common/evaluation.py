@@ -52,7 +52,9 @@ def _restore_capsules(env) -> None:
             conaffinity=0,
         )
         geom.mass = 0
-    twin = spec.compile()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # HalfCheetah's file uses a deprecated attribute
+        twin = spec.compile()
     for field in ("body_mass", "body_inertia", "body_ipos", "body_iquat"):
         getattr(model, field)[:] = getattr(twin, field)
     mujoco.mj_setConst(model, env.data)

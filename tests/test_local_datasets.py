@@ -1,0 +1,360 @@
+"""local_datasets/: collecting, exporting and describing data with tiny made-up policies, never the shipped ones."""
+
+import csv
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import minari
+import numpy as np
+import pytest
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from common import UserError, data
+from common.evaluation import make_env
+from local_datasets import card, collect, train_behavior
+from local_datasets.collect import Args
+from local_datasets.train_behavior import Actor, Candidate, choose_medium
+
+SCRIPTS = Path(collect.__file__).parent
+HOPPER = "local/hopper/medium-v0"
+SIZES = {"hopper": (11, 3), "halfcheetah": (17, 6)}  # obs_dim, action_dim
+
+
+@pytest.fixture
+def made_up(folders, monkeypatch):
+    """A folder for data sets, with untrained policies of width 8 beside it; MuJoCo's log goes there too."""
+    monkeypatch.chdir(folders)
+    behavior = folders / "behavior"
+    behavior.mkdir()
+    sums = ""
+    names = [f"hopper-{name}" for name in ("random", "medium", "expert", "replay-0", "replay-1", "replay-2")]
+    for step, name in enumerate([*names, "halfcheetah-medium"]):
+        torch.manual_seed(step)
+        robot = name.split("-")[0]
+        weights = {key: tensor.half() for key, tensor in Actor(*SIZES[robot], 8).state_dict().items()}
+        content = Candidate(1000 * step, weights, 20.0, 5.0).packed(robot, seed=0, episodes=1)
+        (behavior / f"{name}.safetensors").write_bytes(content)
+        sums += f"{hashlib.sha256(content).hexdigest()}  {name}.safetensors\n"
+    (behavior / "SHA256SUMS").write_text(sums)
+    return folders
+
+
+def args_for(root: Path, env_id: str = HOPPER, steps: int = 300, **more) -> Args:
+    return Args(env_id, steps, behavior_dir=root / "behavior", **more)
+
+
+def read(env_id: str = HOPPER) -> list:
+    return list(minari.load_dataset(env_id).iterate_episodes())
+
+
+def assert_same(one: list, other: list) -> None:
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        for key in ("observations", "actions", "rewards", "terminations", "truncations"):
+            np.testing.assert_array_equal(getattr(a, key), getattr(b, key))
+
+
+def start(script: str, *flags, cwd: Path, threads: int = 1) -> subprocess.Popen:
+    command = [sys.executable, SCRIPTS / script, *map(str, flags)]
+    env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    return subprocess.Popen(
+        command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+    )
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.001)
+
+
+# ---- What is collected
+
+
+def test_names_are_those_that_the_loader_knows():
+    assert sorted(collect.ENV_IDS) == sorted(data.LOCAL_NAMES)
+
+
+def test_steps_marks_and_metadata(made_up):
+    collect.main(args_for(made_up))
+    episodes = read()
+    assert sum(len(episode) for episode in episodes) == 300
+    for episode in episodes[:-1]:  # an untrained Hopper falls long before step 1000
+        assert episode.terminations[-1] and not episode.truncations[-1]
+    assert episodes[-1].truncations[-1] and not episodes[-1].terminations[-1]
+    for episode in episodes:
+        assert not (episode.terminations[:-1] | episode.truncations[:-1]).any()
+        assert len(episode.observations) == len(episode.actions) + 1
+        assert episode.observations.dtype == episode.actions.dtype == episode.rewards.dtype == np.float32
+    metadata = minari.load_dataset(HOPPER).storage.metadata
+    assert (metadata["ref_min_score"], metadata["ref_max_score"]) == (-20.272305, 3234.3)  # D4RL infos.py
+    assert (metadata["physics"], metadata["steps"], metadata["seed"]) == ("d4rl", 300, 0)
+    digest = hashlib.sha256((made_up / "behavior" / "hopper-medium.safetensors").read_bytes()).hexdigest()
+    assert [policy["sha256"] for policy in metadata["policies"]] == [digest]
+    assert metadata["algorithm_name"] == "SAC" and "Hopper-v4" in metadata["eval_env_spec"]
+
+
+def test_time_limit_is_truncation(made_up):
+    collect.main(args_for(made_up, "local/halfcheetah/medium-v0", 2300))
+    episodes = read("local/halfcheetah/medium-v0")
+    assert [len(episode) for episode in episodes] == [1000, 1000, 300]  # HalfCheetah cannot fall
+    assert all(episode.truncations[-1] and not episode.terminations.any() for episode in episodes)
+
+
+def test_rows_are_what_the_simulator_does(made_up):
+    collect.main(args_for(made_up))
+    env = make_env("Hopper-v4", "d4rl")
+    for index, episode in enumerate(read()[:3]):
+        first, _ = env.reset(seed=100_000_000 + index)  # roll_out: (100 * (seed + 1) + policy) * 1,000,000 + episode
+        np.testing.assert_array_equal(episode.observations[0], first.astype(np.float32))
+        for row, action in enumerate(episode.actions):
+            obs, reward, terminated, _, _ = env.step(action)
+            np.testing.assert_array_equal(episode.observations[row + 1], obs.astype(np.float32))
+            assert episode.rewards[row] == np.float32(reward) and episode.terminations[row] == terminated
+
+
+def test_side_by_side_gives_the_episodes_of_one_environment_alone():
+    """With the noise off, 20 environments and 1 must give the same episodes: no preference for short ones."""
+    torch.manual_seed(0)
+    actor = Actor(*SIZES["hopper"], 8)
+    with torch.no_grad():
+        actor.head.weight[3:], actor.head.bias[3:] = 0.0, -20.0  # log standard deviation
+    results = []
+    for count in (1, 20):
+        envs = [make_env("Hopper-v4", "d4rl") for _ in range(count)]
+        results.append(collect.roll_out([collect.Policy(actor, {})], envs, 1000, 0, tqdm(disable=True)))
+    alone, together = results
+    assert [len(episode) for episode in together] == [len(episode) for episode in alone]
+    assert len(set(map(len, alone))) > 3  # episodes of different lengths, or the test shows nothing
+    for a, b in zip(alone, together, strict=True):
+        np.testing.assert_allclose(a.observations, b.observations, atol=1e-3)  # float sums differ by batch size
+
+
+def test_replay_takes_equal_shares_in_training_order(made_up):
+    collect.main(args_for(made_up, "local/hopper/medium-replay-v0", 200))
+    episodes = read("local/hopper/medium-replay-v0")
+    cuts = np.flatnonzero([episode.truncations[-1] for episode in episodes])
+    ends = np.cumsum([len(episode) for episode in episodes])
+    assert list(ends[cuts]) == [66, 133, 200]  # 200 i // 3
+    policies = minari.load_dataset("local/hopper/medium-replay-v0").storage.metadata["policies"]
+    assert [policy["training_step"] for policy in policies] == [3000, 4000, 5000]
+
+
+def test_same_seed_same_arrays_on_any_number_of_threads(made_up):
+    collect.main(args_for(made_up))
+    first = read()
+    flags = ("--env-id", HOPPER, "--steps", 300, "--behavior-dir", made_up / "behavior")
+    os.environ["MINARI_DATASETS_PATH"] = str(made_up / "other")  # the fixture restores it
+    process = start("collect.py", *flags, cwd=made_up, threads=2)
+    output = process.communicate()
+    assert process.returncode == 0, output
+    assert_same(first, read())
+    collect.main(args_for(made_up, seed=1, force=True))
+    assert not np.array_equal(first[0].observations[0], read()[0].observations[0])
+
+
+# ---- Whole or not at all, once
+
+
+def test_killed_in_the_middle_of_writing(made_up):
+    flags = ("--env-id", HOPPER, "--steps", 6000, "--behavior-dir", made_up / "behavior")
+    work = made_up / "minari" / ".collect" / "local-hopper-medium-v0"
+    process = start("collect.py", *flags, cwd=made_up)
+    wait_for((work / HOPPER / "data" / "main_data.hdf5").exists, process)
+    process.kill()  # SIGKILL
+    process.communicate()
+    assert work.exists() and not (made_up / "minari" / HOPPER).exists()
+    assert minari.list_local_datasets() == {}
+    collect.main(args_for(made_up))
+    assert sum(len(episode) for episode in read()) == 300
+    assert not work.exists()
+
+
+def test_a_failure_leaves_nothing(made_up, monkeypatch):
+    def no_space(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(minari, "create_dataset_from_buffers", no_space)
+    with pytest.raises(UserError, match="No space left on device.*MINARI_DATASETS_PATH"):
+        collect.main(args_for(made_up))
+    assert [path.name for path in (made_up / "minari").rglob("*")] == [".collect", "local-hopper-medium-v0.lock"]
+
+
+def test_two_processes_at_once(made_up):
+    flags = ("--env-id", HOPPER, "--steps", 300, "--behavior-dir", made_up / "behavior")
+    (made_up / "minari" / ".collect").mkdir()
+    with FileLock(made_up / "minari" / ".collect" / "local-hopper-medium-v0.lock"):
+        processes = [start("collect.py", *flags, cwd=made_up) for _ in range(2)]
+        for process in processes:
+            assert "waiting for it" in process.stdout.readline()
+    outputs = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert sorted("already in" in out for out, _ in outputs) == [False, True]  # one made it, the other saw it
+    assert sum(len(episode) for episode in read()) == 300
+
+
+def test_another_recipe_is_refused_and_forced(made_up, capsys):
+    collect.main(args_for(made_up))
+    first = read()
+    collect.main(args_for(made_up))
+    assert "already in" in capsys.readouterr().out
+    with pytest.raises(UserError, match="has steps=300, not 200 and has seed=0, not 7; --force replaces it"):
+        collect.main(args_for(made_up, steps=200, seed=7))
+    assert_same(first, read())
+    collect.main(args_for(made_up, steps=200, seed=7, force=True))
+    assert sum(len(episode) for episode in read()) == 200
+    (made_up / "minari" / HOPPER / "data" / "metadata.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        collect.main(args_for(made_up))
+
+
+# ---- Bad input
+
+
+def test_changed_policy_is_named(made_up):
+    path = made_up / "behavior" / "hopper-medium.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=r"hopper-medium.safetensors: sha256 is \w{64}, but .* restore both"):
+        collect.main(args_for(made_up))
+    path.unlink()
+    with pytest.raises(UserError, match=r"hopper-medium.safetensors: sha256 is missing"):
+        collect.main(args_for(made_up))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"env_id": "local/hopper/medum-v0"}, "choose one of local/hopper/random-v0"),
+        ({"env_id": "local/walker2d/medium-v0"}, "needs the policy walker2d-medium, which is not in"),
+        ({"env_id": "local/hopper/medium-replay-v0", "steps": 2}, "--steps 2 is less than one per policy; give 3"),
+        ({"seed": -1}, "--seed -1 is negative"),
+    ],
+)
+def test_bad_flags(made_up, flags, message):
+    with pytest.raises(UserError, match=message):
+        collect.main(args_for(made_up, **flags))
+
+
+def test_exit_code_and_one_line(made_up):
+    process = start("collect.py", "--env-id", "local/walker2d/medium-v0", "--behavior-dir", "behavior", cwd=made_up)
+    _, errors = process.communicate()
+    assert process.returncode == 2
+    assert errors.startswith("error: local/walker2d/medium-v0 needs") and errors.count("\n") == 1
+
+
+# ---- Training and export
+
+TOY = ("--total-steps", 900, "--snapshot-every", 300, "--learning-starts", 200, "--eval-episodes", 2)
+TOY += ("--actor-width", 8, "--critic-width", 8, "--batch-size", 8, "--checkpoint-every", 0)
+
+
+def test_killed_training_resumes_to_the_same_policies(made_up):
+    whole = start("train_behavior.py", *TOY, "--folder", "whole", cwd=made_up)
+    killed = start("train_behavior.py", *TOY, "--folder", "killed", cwd=made_up)
+    wait_for((made_up / "killed" / "hopper" / "snapshots.csv").exists, killed)
+    killed.kill()  # SIGKILL, after step 300
+    killed.communicate()
+    output, errors = whole.communicate()
+    assert whole.returncode == 0, errors
+    resumed = start("train_behavior.py", *TOY, "--folder", "killed", cwd=made_up)
+    output, errors = resumed.communicate()
+    assert resumed.returncode == 0 and "resumed" in output, errors
+    for name in ("snapshots.csv", *(f"snapshots/{step:07d}.safetensors" for step in (300, 600, 900))):
+        one, other = (made_up / run / "hopper" / name for run in ("whole", "killed"))
+        assert one.read_bytes() == other.read_bytes(), name
+
+
+def write_run(folder: Path, returns: list[float]) -> None:
+    """A run whose log claims these returns at steps 5000, 10000, ..."""
+    (folder / "hopper" / "snapshots").mkdir(parents=True)
+    with open(folder / "hopper" / "snapshots.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["step", "mean_return", "std_return"])
+        for i, mean in enumerate(returns, start=1):
+            writer.writerow([5000 * i, mean, 0.0])
+            torch.manual_seed(i)
+            actor = Actor(*SIZES["hopper"], 8)
+            save_file(actor.state_dict(), folder / "hopper" / "snapshots" / f"{5000 * i:07d}.safetensors")
+
+
+def test_export(folders, monkeypatch, capsys):
+    monkeypatch.chdir(folders)
+    returns = [10.0, 300.0, 800.0, 1300.0, 1500.0, 2000.0, 3300.0, 1422.0]
+    write_run(folders / "run", returns)
+    real = {0: 20.0} | {5000 * i: mean for i, mean in enumerate(returns, start=1)}
+    measure = train_behavior._measure
+
+    def measured(args, evaluator, folder, step):  # its weights, but the return that the log claims
+        candidate = measure(args, evaluator, folder, step)
+        return Candidate(step, candidate.weights, real[step], candidate.std)
+
+    monkeypatch.setattr(train_behavior, "_measure", measured)
+    args = train_behavior.Args(export=True, folder=folders / "run", behavior_dir=folders / "behavior", seed=5)
+    args.actor_width, args.export_episodes, args.replay_snapshots = 8, 1, 3
+    train_behavior.main(args)
+    facts = {
+        path.stem: collect._load_policy(path, train_behavior.read_sums(args.behavior_dir)[path.name]).facts
+        for path in args.behavior_dir.glob("*.safetensors")
+    }
+    # Medium is step 25,000: 5% around 1422 holds 1500 only, since 1422 itself comes after the best snapshot, 35,000.
+    # Replay is first, middle and last of the snapshots 5,000 to 25,000.
+    steps = {name: fact["training_step"] for name, fact in facts.items()}
+    assert steps == {
+        "hopper-random": 0,
+        "hopper-medium": 25_000,
+        "hopper-expert": 35_000,
+        "hopper-replay-0": 5_000,
+        "hopper-replay-1": 15_000,
+        "hopper-replay-2": 25_000,
+    }
+    torch.manual_seed(5)  # the run's seed: its untrained actor, rounded
+    actor = train_behavior.Trainer(args, *SIZES["hopper"]).actor.state_dict()
+    for name, weight in load_file(args.behavior_dir / "hopper-random.safetensors").items():
+        assert weight.dtype == torch.float16 and torch.equal(weight, actor[name].half())
+
+    real[35_000] = 2999.0  # EXPERT_RETURN is 3000
+    content = (args.behavior_dir / "hopper-medium.safetensors").read_bytes()
+    train_behavior.main(args)
+    assert "no expert: the best policy has 2999" in capsys.readouterr().out
+    assert sorted(path.stem for path in args.behavior_dir.glob("*.safetensors")) == sorted(
+        set(steps) - {"hopper-expert"}
+    )
+    assert (args.behavior_dir / "hopper-medium.safetensors").read_bytes() == content  # the same bytes again
+
+
+def test_medium_prefers_the_spread_of_d4rl():
+    falls_or_walks, hops, far = (Candidate(0, {}, *found) for found in ((1422, 1400), (1450, 300), (1600, 379)))
+    assert choose_medium([falls_or_walks, hops, far], 1422.06, 378.95) is hops
+    assert choose_medium([far], 1422.06, 378.95) is far
+
+
+def test_export_without_a_run(folders):
+    with pytest.raises(UserError, match="lists no snapshot; train first"):
+        train_behavior.main(train_behavior.Args(export=True, folder=folders))
+
+
+# ---- The card
+
+
+def test_card_states_what_the_data_say(made_up):
+    output = made_up / "card"
+    output.mkdir()
+    card.main(card.Args(steps=200, behavior_dir=made_up / "behavior", output_dir=output))
+    text = (output / "README.md").read_text()
+    returns = np.array([episode.rewards.sum(dtype=np.float64) for episode in read()])
+    score = 100 * (returns.mean() + 20.272305) / (3234.3 + 20.272305)  # D4RL infos.py
+    row = next(line for line in text.splitlines() if line.startswith(f"| `{HOPPER}`"))
+    assert f"| {returns.mean():,.0f} ± {returns.std():,.0f} | {score:.1f} | 1,422 ± 379 |" in row
+    assert "local/walker2d/medium-v0" in text.split("Not shipped")[1]
+    assert (output / "returns.png").read_bytes().startswith(b"\x89PNG")
+    policies = json.loads((made_up / "minari" / HOPPER / "data" / "metadata.json").read_text())["policies"]
+    assert f"| {policies[0]['training_step'] // 1000}k |" in row

@@ -1,0 +1,103 @@
+"""Rules that every script keeps: marked copies, cited keys, fields that are read, a common/ without methods."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted(path for path in ROOT.glob("*.py"))
+COMMON = sorted((ROOT / "common").glob("*.py"))
+SECTIONS = ["1. Imports", "2. Data", "3. World model", "4. Inverse dynamics", "5. Synthesis", "6. Agent", "7. "]
+
+
+def definitions(path: Path) -> dict[str, tuple[str, str]]:
+    """Top-level functions and classes: name -> (source, the comment line above it)."""
+    lines = path.read_text().splitlines()
+    found = {}
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1
+            found[node.name] = ("\n".join(lines[first : node.end_lineno]), lines[first - 1])
+    return found
+
+
+def copy_faults(home: dict, other: dict) -> list[str]:
+    """What breaks the rule of copies between a home script and another one."""
+    faults = []
+    for name in home.keys() & other.keys() - {"Args", "main"}:
+        same, marker = home[name][0] == other[name][0], other[name][1]
+        if marker.startswith("# Copied from") and not same:
+            faults.append(f"{name} is marked Copied and differs")
+        elif marker.startswith("# Adapted from") and same:
+            faults.append(f"{name} is marked Adapted and is identical")
+        elif not marker.startswith(("# Copied from", "# Adapted from")):
+            faults.append(f"{name} has a twin and no marker")
+    return sorted(faults)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+def test_copies(script):
+    home = ROOT / "dawm_td3bc.py"
+    assert script == home or copy_faults(definitions(home), definitions(script)) == []
+
+
+def test_the_copy_rule_catches_each_fault():
+    home = {"f": ("def f(): 1", ""), "g": ("def g(): 1", ""), "h": ("def h(): 1", "")}
+    other = {"f": ("def f(): 2", "# Copied from x.py"), "g": ("def g(): 1", "# Adapted from x.py: y"), "h": home["h"]}
+    assert [fault.split()[0] for fault in copy_faults(home, other)] == ["f", "g", "h"]
+    assert copy_faults(home, {"f": ("def f(): 1", "# Copied from x.py"), "new": ("def new(): 3", "")}) == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+def test_sections_in_order(script):
+    banners = re.findall(r"^# (\d\. .+)$", script.read_text(), flags=re.M)
+    assert [b[:2] for b in banners] == [s[:2] for s in SECTIONS]
+    assert all(banner.startswith(section) for banner, section in zip(banners, SECTIONS, strict=True))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+def test_every_cited_key_stands_in_the_header(script):
+    text = script.read_text()
+    header = set(re.findall(r"^\[(\w+)\]", ast.get_docstring(ast.parse(text)), flags=re.M))
+    cited = set(re.findall(r"\[([A-Z][A-Z0-9]+)(?: [^\]]*)?\]", text)) - {"KEY"}
+    assert header and cited <= header, cited - header
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+def test_every_argument_is_documented_and_read(script):
+    text = script.read_text() + "".join(path.read_text() for path in COMMON)
+    (args,) = [n for n in ast.parse(script.read_text()).body if isinstance(n, ast.ClassDef) and n.name == "Args"]
+    for field, doc in zip(args.body[::2], args.body[1::2], strict=True):
+        name = field.target.id
+        assert isinstance(doc, ast.Expr) and isinstance(doc.value.value, str), name
+        # check_args names fields too, but in strings: only an attribute counts as a use
+        assert name == "laptop" or re.search(rf"args\.{name}\b", text), f"{name} is never read"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+def test_importing_a_script_runs_nothing_and_ends_in_run_script(script):
+    last = ast.parse(script.read_text()).body[-1]
+    assert isinstance(last, ast.If) and "__main__" in ast.unparse(last.test)
+
+
+@pytest.mark.parametrize("path", COMMON, ids=lambda p: p.name)
+def test_common_holds_no_method_and_imports_no_script(path):
+    imports = {
+        alias.name if isinstance(node, ast.Import) else f"{node.module}.{alias.name}"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+    own = {name for name in imports if name.split(".")[0] in {"common", "local_datasets", *(s.stem for s in SCRIPTS)}}
+    assert own <= {"common.UserError"}, own
+    assert not {name for name in imports if name.startswith(("torch.nn", "torch.optim"))}
+
+
+def test_no_pickle_is_ever_loaded():
+    for path in [*SCRIPTS, *COMMON, *(ROOT / "local_datasets").glob("*.py")]:
+        text = path.read_text()
+        assert not re.search(r"\bimport pickle|pickle\.load|allow_pickle=True|weights_only=False", text), path
+        for call in re.findall(r"torch\.load\([^)]*\)", text):
+            assert "weights_only=True" in call, (path, call)
