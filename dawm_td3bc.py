@@ -474,7 +474,10 @@ class WorldModel(nn.Module):
         self.args = args
         self.obs_units = Normalizer(windows.obs, {"cdf": 10_000, "limits": 2}[args.normalizer])
         self.reward_units = Normalizer(windows.reward[:, None], 2)  # min-max [DWM App.]
-        self.register_buffer("alpha_bar", cosine_alpha_bar(args.diffusion_steps))
+        alpha_bar = cosine_alpha_bar(args.diffusion_steps)
+        self.register_buffer("alpha_bar", alpha_bar.float())
+        steps = strided_steps(args.diffusion_steps, args.sampling_steps)
+        self.sampling_chain = list(zip(steps, posterior_coefficients(alpha_bar, steps), strict=True))
         self.denoiser = TemporalUNet(self.obs_dim + 1, action_dim, args.unet_width, args.unet_multipliers)
 
     def normalize(self, obs: torch.Tensor, reward: torch.Tensor) -> torch.Tensor:
@@ -489,7 +492,7 @@ class WorldModel(nn.Module):
 
     def q_sample(self, x0: torch.Tensor, k: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Noised window x_k = sqrt(alpha_bar_k) x0 + sqrt(1 - alpha_bar_k) noise [DAWM Eq. 2], k [B] in 1..K."""
-        alpha_bar = self.alpha_bar[k].float()[:, None, None]
+        alpha_bar = self.alpha_bar[k][:, None, None]
         return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
 
     def loss(self, x0, action, return_to_go, keep) -> torch.Tensor:
@@ -515,22 +518,20 @@ class WorldModel(nn.Module):
         batch = len(obs)
         known = torch.zeros(batch, self.args.horizon + 2, self.obs_dim + 1, device=obs.device)
         known[:, 0, : self.obs_dim] = self.obs_units.normalize(obs)
-        steps = strided_steps(self.args.diffusion_steps, self.args.sampling_steps)
-        coefficients = posterior_coefficients(self.alpha_bar.cpu(), steps)
         # Both guidance branches, with and without return-to-go, go through the network as one batch.
         action, return_to_go = torch.cat([action, action]), torch.cat([return_to_go, return_to_go])
         keep = torch.cat([torch.ones(batch, 1), torch.zeros(batch, 1)]).to(obs.device)
         x = torch.randn_like(known)  # [DWM App.]; DD's code starts from half of it
-        for k, (weight_x0, weight_x_k, std) in reversed(list(zip(steps, coefficients, strict=True))):
+        for k, (weight_x0, weight_x_k, std) in reversed(self.sampling_chain):
             self.pin(x, known)
             k_batch = torch.full((2 * batch,), k, device=obs.device)
             cond, uncond = self.denoiser(torch.cat([x, x]), k_batch, action, return_to_go, keep).chunk(2)
             prediction = uncond + self.args.guidance_scale * (cond - uncond)  # [DD Eq. 8], its omega = 1 + [CFG]'s w
             x0 = prediction
             if self.args.prediction == "noise":
-                alpha_bar = float(self.alpha_bar[k])
+                alpha_bar = self.alpha_bar[k]
                 # At k = K this multiplies the network's error by 103 (K=5): the clamp makes the first step usable.
-                x0 = (x - math.sqrt(1 - alpha_bar) * prediction) / math.sqrt(alpha_bar)
+                x0 = (x - (1 - alpha_bar).sqrt() * prediction) / alpha_bar.sqrt()
             x0 = self.pin(x0.clamp(-1, 1), known)
             std = self.args.sampling_temperature * std  # scales std, not variance [DWM]; 0 at the last step
             x = weight_x0 * x0 + weight_x_k * x + std * torch.randn_like(x)

@@ -132,6 +132,7 @@ class OfflineDataset:
             "steps": len(self.reward),
             "mean_return": float(self.returns.mean()),
             "std_return": float(self.returns.std()),
+            "robot": self.robot,
             "simulator": self.simulator,
             "physics": self.physics,
         }

@@ -15,6 +15,7 @@ import re
 import resource
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import typing
@@ -85,37 +86,37 @@ def select_device(name: str) -> torch.device:
 
 
 class Run:
-    """Folder runs/{env_id}__{exp_name}__{seed}__{time}/: args.json, metrics.jsonl, TensorBoard events, curves.png."""
+    """A folder {env_id}__{exp_name}__{seed}__{time}: args.json, metrics.jsonl, TensorBoard events, curves.png."""
 
     def __init__(self, args):
         self.args = args
         self.started = time.monotonic()
         self.stages: dict[str, tuple[float, str]] = {}  # seconds and rate
+        self.history: dict[str, list[tuple[int, float]]] = {}
         self.device = select_device(args.device)
+        self.wandb = _import_wandb() if args.track else None
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{stamp}"
-        self.folder = Path(args.run_dir) / name
+        self.folder = Path(args.run_dir) / f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{stamp}"
         try:
-            for attempt in range(2, 100):  # two runs may start in the same second
-                try:
-                    self.folder.mkdir(parents=True)
-                    break
-                except FileExistsError:
-                    self.folder = Path(args.run_dir) / f"{name}-{attempt}"
-            self.metrics_file = open(self.folder / "metrics.jsonl", "w", buffering=1)
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.folder.parent).close()  # told now, not after the data has been made
         except OSError as error:
             raise UserError(f"cannot write the run folder {self.folder} ({error.strerror}); give another --run-dir")
+
+    def open(self) -> None:
+        """Make the folder: a run that ends at its arguments or its data leaves none behind."""
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-        self.tensorboard = SummaryWriter(str(self.folder))
-        self.wandb = None
-        if args.track:
+        for attempt in range(2, 100):  # two runs may start in the same second
             try:
-                import wandb
-            except ImportError:
-                raise UserError("--track needs wandb: pip install wandb")
-            self.wandb = wandb.init(project=args.wandb_project, name=self.folder.name, config=vars(args))
-        self.history: dict[str, list[tuple[int, float]]] = {}
+                self.folder.mkdir()
+                break
+            except FileExistsError:
+                self.folder = self.folder.with_name(f"{self.folder.name.removesuffix(f'-{attempt - 1}')}-{attempt}")
+        self.metrics_file = open(self.folder / "metrics.jsonl", "w", buffering=1)
+        self.tensorboard = SummaryWriter(str(self.folder))
+        if self.wandb:
+            self.wandb.init(project=self.args.wandb_project, name=self.folder.name, config=vars(self.args))
 
     def describe(self, data: dict, **constants) -> None:
         """Print what was really loaded and chosen, and write it with arguments, versions and hardware to args.json."""
@@ -134,6 +135,7 @@ class Run:
                 "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
             },
         }
+        self.open()
         (self.folder / "args.json").write_text(json.dumps(content, indent=2) + "\n")
         self.say("data", f"{data['env_id']}: {data['source']} {data['path']}")
         self.say("", f"sha256 {data['sha256']}")
@@ -226,6 +228,14 @@ class Run:
         figure.tight_layout()
         figure.savefig(self.folder / "curves.png", dpi=100)
         plt.close(figure)
+
+
+def _import_wandb():
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--track needs Weights & Biases: pip install wandb")
+    return wandb
 
 
 def _git_revision() -> str:

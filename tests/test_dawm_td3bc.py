@@ -210,7 +210,7 @@ class Oracle(torch.nn.Module):
     def forward(self, x_k, k, *_):
         if self.world_model.args.prediction == "x0":
             return self.x0.expand_as(x_k)
-        alpha_bar = self.world_model.alpha_bar[k].float()[:, None, None]
+        alpha_bar = self.world_model.alpha_bar[k][:, None, None]
         return (x_k - alpha_bar.sqrt() * self.x0) / (1 - alpha_bar).sqrt()
 
 
@@ -409,7 +409,7 @@ def test_actor_loss_weight_and_gradients():
     q = agent.qf1(obs, agent.actor(obs)).detach()
     loss, bc_loss = (x.detach() for x in agent.actor_loss(obs, action))
     assert float(loss - bc_loss) == pytest.approx(float(-2.5 * q.mean() / q.abs().mean()), rel=1e-5)
-    assert float(bc_loss) == pytest.approx(float((agent.actor(obs) - action).square().mean()), rel=1e-5)
+    assert float(bc_loss) == pytest.approx(float((agent.actor(obs) - action).square().mean().detach()), rel=1e-5)
     before = [p.clone() for p in agent.qf_parameters]
     agent.update(rows, update_actor=True)
     agent.qf_optimizer.zero_grad()
@@ -466,7 +466,9 @@ def test_online_batches_follow_algorithm_2():
 
 @pytest.fixture
 def run(tmp_path):
-    return Run(Args(run_dir=tmp_path, device="cpu"))
+    run = Run(Args(run_dir=tmp_path, device="cpu"))
+    run.open()
+    return run
 
 
 @pytest.mark.parametrize("prediction", ["noise", "x0"])
@@ -608,6 +610,7 @@ def test_bad_input_is_one_line_and_code_2(arguments, message, monkeypatch, capsy
         script.run_script(script.main, Args, script.LAPTOP)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())  # a run that did not start leaves no folder
 
 
 def test_help_groups_arguments_and_laptop_defaults_yield_to_flags(monkeypatch, capsys):
