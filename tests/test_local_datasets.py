@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import minari
 import numpy as np
@@ -25,6 +26,7 @@ from local_datasets.train_behavior import Actor, Candidate, choose_medium
 
 SCRIPTS = Path(collect.__file__).parent
 HOPPER = "local/hopper/medium-v0"
+FIRST_SEED = 100_000_000  # roll_out: (100 * (seed + 1) + index of the policy) * 1,000,000 + number of the episode
 SIZES = {"hopper": (11, 3), "halfcheetah": (17, 6)}  # obs_dim, action_dim
 
 
@@ -114,7 +116,7 @@ def test_rows_are_what_the_simulator_does(made_up):
     collect.main(args_for(made_up))
     env = make_env("Hopper-v4", "d4rl")
     for index, episode in enumerate(read()[:3]):
-        first, _ = env.reset(seed=100_000_000 + index)  # roll_out: (100 * (seed + 1) + policy) * 1,000,000 + episode
+        first, _ = env.reset(seed=FIRST_SEED + index)
         np.testing.assert_array_equal(episode.observations[0], first.astype(np.float32))
         for row, action in enumerate(episode.actions):
             obs, reward, terminated, _, _ = env.step(action)
@@ -122,21 +124,36 @@ def test_rows_are_what_the_simulator_does(made_up):
             assert episode.rewards[row] == np.float32(reward) and episode.terminations[row] == terminated
 
 
-def test_side_by_side_gives_the_episodes_of_one_environment_alone():
-    """With the noise off, 20 environments and 1 must give the same episodes: no preference for short ones."""
-    torch.manual_seed(0)
-    actor = Actor(*SIZES["hopper"], 8)
-    with torch.no_grad():
-        actor.head.weight[3:], actor.head.bias[3:] = 0.0, -20.0  # log standard deviation
-    results = []
-    for count in (1, 20):
-        envs = [make_env("Hopper-v4", "d4rl") for _ in range(count)]
-        results.append(collect.roll_out([collect.Policy(actor, {})], envs, 1000, 0, tqdm(disable=True)))
-    alone, together = results
-    assert [len(episode) for episode in together] == [len(episode) for episode in alone]
-    assert len(set(map(len, alone))) > 3  # episodes of different lengths, or the test shows nothing
-    for a, b in zip(alone, together, strict=True):
-        np.testing.assert_allclose(a.observations, b.observations, atol=1e-3)  # float sums differ by batch size
+class Countdown:
+    """An environment whose episode number n falls after 37 n mod 100 + 1 steps: 1, 38, 75, 12, ...; limit 80."""
+
+    spec = SimpleNamespace(max_episode_steps=80)
+
+    def reset(self, seed):
+        self.number, self.steps = seed - FIRST_SEED, 0
+        return np.array([self.number, 0.0]), {}
+
+    @property
+    def unwrapped(self):
+        return self
+
+    def step(self, action):
+        self.steps += 1
+        return np.array([self.number, self.steps]), 1.0, self.steps == 37 * self.number % 100 + 1, False, {}
+
+
+@pytest.mark.parametrize("parallel", [1, 7, 20])
+def test_episodes_are_those_of_one_environment_alone(parallel):
+    """Whatever runs side by side, no preference for short episodes: each number comes, in order, as long as it is."""
+    policy = collect.Policy(Actor(2, 1, 8), {})
+    buffers = collect.roll_out([policy], [Countdown() for _ in range(parallel)], 1000, 0, tqdm(disable=True))
+    expected, left = [], 1000
+    while left > 0:  # (number, steps, fell)
+        steps = 37 * len(expected) % 100 + 1
+        expected.append((len(expected), min(steps, 80, left), steps <= min(80, left)))
+        left -= expected[-1][1]
+    assert [(buffer.observations[0, 0], len(buffer), buffer.terminations[-1]) for buffer in buffers] == expected
+    assert all(buffer.terminations[-1] != buffer.truncations[-1] for buffer in buffers)
 
 
 def test_replay_takes_equal_shares_in_training_order(made_up):
@@ -149,11 +166,11 @@ def test_replay_takes_equal_shares_in_training_order(made_up):
     assert [policy["training_step"] for policy in policies] == [3000, 4000, 5000]
 
 
-def test_same_seed_same_arrays_on_any_number_of_threads(made_up):
+def test_same_seed_same_arrays_on_any_number_of_threads(made_up, monkeypatch):
     collect.main(args_for(made_up))
     first = read()
     flags = ("--env-id", HOPPER, "--steps", 300, "--behavior-dir", made_up / "behavior")
-    os.environ["MINARI_DATASETS_PATH"] = str(made_up / "other")  # the fixture restores it
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(made_up / "other"))
     process = start("collect.py", *flags, cwd=made_up, threads=2)
     output = process.communicate()
     assert process.returncode == 0, output
@@ -184,7 +201,7 @@ def test_a_failure_leaves_nothing(made_up, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(minari, "create_dataset_from_buffers", no_space)
-    with pytest.raises(UserError, match="No space left on device.*MINARI_DATASETS_PATH"):
+    with pytest.raises(UserError, match=r"No space left on device.*MINARI_DATASETS_PATH"):
         collect.main(args_for(made_up))
     assert [path.name for path in (made_up / "minari").rglob("*")] == [".collect", "local-hopper-medium-v0.lock"]
 
@@ -228,6 +245,9 @@ def test_changed_policy_is_named(made_up):
     path.unlink()
     with pytest.raises(UserError, match=r"hopper-medium.safetensors: sha256 is missing"):
         collect.main(args_for(made_up))
+    (made_up / "behavior" / "SHA256SUMS").write_text("0123\n")
+    with pytest.raises(UserError, match="SHA256SUMS is damaged"):
+        collect.main(args_for(made_up))
 
 
 @pytest.mark.parametrize(
@@ -253,7 +273,7 @@ def test_exit_code_and_one_line(made_up):
 
 # ---- Training and export
 
-TOY = ("--total-steps", 900, "--snapshot-every", 300, "--learning-starts", 200, "--eval-episodes", 2)
+TOY = ("--total-steps", 600, "--snapshot-every", 200, "--learning-starts", 100, "--eval-episodes", 2)
 TOY += ("--actor-width", 8, "--critic-width", 8, "--batch-size", 8, "--checkpoint-every", 0)
 
 
@@ -261,14 +281,14 @@ def test_killed_training_resumes_to_the_same_policies(made_up):
     whole = start("train_behavior.py", *TOY, "--folder", "whole", cwd=made_up)
     killed = start("train_behavior.py", *TOY, "--folder", "killed", cwd=made_up)
     wait_for((made_up / "killed" / "hopper" / "snapshots.csv").exists, killed)
-    killed.kill()  # SIGKILL, after step 300
+    killed.kill()  # SIGKILL, after step 200
     killed.communicate()
     output, errors = whole.communicate()
     assert whole.returncode == 0, errors
     resumed = start("train_behavior.py", *TOY, "--folder", "killed", cwd=made_up)
     output, errors = resumed.communicate()
     assert resumed.returncode == 0 and "resumed" in output, errors
-    for name in ("snapshots.csv", *(f"snapshots/{step:07d}.safetensors" for step in (300, 600, 900))):
+    for name in ("snapshots.csv", *(f"snapshots/{step:07d}.safetensors" for step in (200, 400, 600))):
         one, other = (made_up / run / "hopper" / name for run in ("whole", "killed"))
         assert one.read_bytes() == other.read_bytes(), name
 
@@ -288,7 +308,7 @@ def write_run(folder: Path, returns: list[float]) -> None:
 
 def test_export(folders, monkeypatch, capsys):
     monkeypatch.chdir(folders)
-    returns = [10.0, 300.0, 800.0, 1300.0, 1500.0, 2000.0, 3300.0, 1422.0]
+    returns = [10.0, 300.0, 800.0, 1300.0, 1500.0, 2000.0, 3300.0]
     write_run(folders / "run", returns)
     real = {0: 20.0} | {5000 * i: mean for i, mean in enumerate(returns, start=1)}
     measure = train_behavior._measure
@@ -305,8 +325,8 @@ def test_export(folders, monkeypatch, capsys):
         path.stem: collect._load_policy(path, train_behavior.read_sums(args.behavior_dir)[path.name]).facts
         for path in args.behavior_dir.glob("*.safetensors")
     }
-    # Medium is step 25,000: 5% around 1422 holds 1500 only, since 1422 itself comes after the best snapshot, 35,000.
-    # Replay is first, middle and last of the snapshots 5,000 to 25,000.
+    # Medium is 1500 at step 25,000: of all, it is closest to D4RL's 1422. Replay is the first, the middle and the last
+    # of the snapshots from 5,000 to 25,000.
     steps = {name: fact["training_step"] for name, fact in facts.items()}
     assert steps == {
         "hopper-random": 0,
@@ -325,9 +345,7 @@ def test_export(folders, monkeypatch, capsys):
     content = (args.behavior_dir / "hopper-medium.safetensors").read_bytes()
     train_behavior.main(args)
     assert "no expert: the best policy has 2999" in capsys.readouterr().out
-    assert sorted(path.stem for path in args.behavior_dir.glob("*.safetensors")) == sorted(
-        set(steps) - {"hopper-expert"}
-    )
+    assert {path.stem for path in args.behavior_dir.glob("*.safetensors")} == set(steps) - {"hopper-expert"}
     assert (args.behavior_dir / "hopper-medium.safetensors").read_bytes() == content  # the same bytes again
 
 

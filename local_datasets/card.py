@@ -1,0 +1,184 @@
+"""Describes the local data sets: writes README.md and returns.png beside this file, from the data themselves.
+
+    python local_datasets/card.py
+
+Sets that are not on this machine yet are made first, as `collect.py --env-id ...` would.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import tyro
+from minari.storage import get_dataset_path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import UserError
+from common.data import KNOWN, OfflineDataset, load_dataset
+from common.evaluation import REFERENCE_RETURNS
+from local_datasets import collect
+from local_datasets.train_behavior import BEHAVIOR_DIR, EXPERT_RETURN, SIMULATOR
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+# Spread of the returns in D4RL's files, as public training logs of Decision Transformer print it; means are in KNOWN.
+D4RL_STD = {
+    "hopper-medium-v2": 379,
+    "hopper-medium-replay-v2": 511,
+    "walker2d-medium-v2": 1095,
+    "walker2d-medium-replay-v2": 896,
+    "halfcheetah-medium-v2": 356,
+    "halfcheetah-medium-replay-v2": 1681,
+}
+TEXT = """\
+# Local data sets
+
+Written by `python local_datasets/card.py`; every figure about our sets is computed from them.
+
+Made on your machine in under a minute each, without a network, by rolling out the policies in `behavior/`:
+
+    python local_datasets/collect.py --env-id local/hopper/medium-v0
+
+(`--env-id local/hopper/medium-v0` of any script does this by itself the first time.) They are Minari data sets under
+`MINARI_DATASETS_PATH`, default `~/.minari/datasets`. **They are not D4RL, and no score on them can stand in a row with
+scores on D4RL.**
+
+## What is in them
+
+Simulators {simulators}, physics {physics}; seed {seed}. Returns are undiscounted, over all episodes, mean ± standard
+deviation; score is the mean on D4RL's scale (0 = random, 100 = expert); falls is the share of episodes that end in one.
+The last column is the D4RL v2 set of the same name.
+
+| data set | policies, by training step | episodes | steps | falls | return | score | D4RL return |
+|---|---|---|---|---|---|---|---|
+{rows}
+
+{missing}![Histogram of episode returns per data set, with D4RL's mean as a dashed line](returns.png)
+
+## How they differ from D4RL
+
+- **Size.** {steps} steps per set; D4RL's medium and expert sets have a million, medium-expert two million.
+- **Policies.** One SAC run per robot ([train_behavior.py](train_behavior.py); smaller networks and layer-normalised
+  critics), not D4RL's. Its medium policy is chosen for the mean return of D4RL's medium set, so its gait, its spread
+  of returns and the states it visits are others.
+- **medium-replay** is not a replay buffer: equal shares of steps from {replay} snapshots between the start of training
+  and the medium policy, without the exploration that changes from step to step.
+- **random** is the run's untrained policy.
+- **medium-expert** is one half each, in steps, as D4RL's.
+- **Physics** are D4RL's: the `-v4` environments with the capsule masses of MuJoCo up to 2.1.0 (`--physics d4rl`).
+  Minari's `recover_environment()` gives the stock ones.
+- **Ends.** Each policy's last episode is cut at the step budget and marked truncated; D4RL leaves it without a mark.
+- **Precision.** float32 throughout, as D4RL; `infos/qpos`, `infos/qvel` and log-probabilities are not stored.
+
+## The policies
+
+`behavior/*.safetensors` hold float16 weights; `behavior/SHA256SUMS` lists their hashes, and collect.py refuses others.
+{experts}
+To make them again (hours, one core per robot):
+
+    python local_datasets/train_behavior.py --robot hopper
+    python local_datasets/train_behavior.py --robot hopper --export
+"""
+
+
+@dataclass
+class Args:
+    steps: int = 200_000
+    """transitions per data set, as in collect.py"""
+    seed: int = 0
+    """as in collect.py"""
+    behavior_dir: Path = BEHAVIOR_DIR
+    """where the policies and their SHA256SUMS are"""
+    output_dir: Path = Path(__file__).resolve().parent
+    """where README.md and returns.png go"""
+
+
+def table_row(dataset: OfflineDataset, policies: list[dict]) -> str:
+    low, high = REFERENCE_RETURNS[dataset.robot]
+    trained = ", ".join(f"{policy['training_step'] / 1000:g}k" for policy in policies)
+    mean, std = dataset.returns.mean(), dataset.returns.std()
+    return (
+        f"| `{dataset.env_id}` | {trained} | {len(dataset.lengths):,} | {len(dataset.reward):,} | "
+        f"{dataset.terminated.sum() / len(dataset.lengths):.0%} | {mean:,.0f} ± {std:,.0f} | "
+        f"{100 * (mean - low) / (high - low):.1f} | {d4rl_return(d4rl_name(dataset.env_id))} |"
+    )
+
+
+def d4rl_name(env_id: str) -> str:
+    """local/hopper/medium-v0 -> hopper-medium-v2"""
+    return "-".join(collect.ENV_IDS[env_id]) + "-v2"
+
+
+def d4rl_return(name: str) -> str:
+    if name not in KNOWN:
+        return "not known to us"
+    spread = f" ± {D4RL_STD[name]:,}" if name in D4RL_STD else ""
+    return f"{KNOWN[name][0][2]:,.0f}{spread}"
+
+
+def draw_returns(datasets: list[OfflineDataset], path: Path) -> None:
+    """One histogram per data set: a row per robot, a column per quality, the same return axis along a row."""
+    robots = [robot for robot in SIMULATOR if any(dataset.robot == robot for dataset in datasets)]
+    qualities = list(collect.POLICIES)
+    size = (2.2 * len(qualities), 1.6 * len(robots) + 0.3)
+    figure, axes = plt.subplots(len(robots), len(qualities), squeeze=False, sharex="row", figsize=size, dpi=80)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for dataset in datasets:
+        robot, quality = collect.ENV_IDS[dataset.env_id]
+        axis = axes[robots.index(robot), qualities.index(quality)]
+        axis.set_axis_on()
+        axis.hist(dataset.returns, bins=40, color="tab:blue")
+        if (name := d4rl_name(dataset.env_id)) in KNOWN:
+            axis.axvline(KNOWN[name][0][2], color="black", linestyle="--", linewidth=1)
+        axis.set_title(f"{robot} {quality}", fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.set_yticks([])
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Software": None})  # no version inside: the same data give the same file
+    plt.close(figure)
+
+
+def main(args: Args) -> None:
+    datasets, rows, missing, metadata = [], [], [], {}
+    for env_id in collect.ENV_IDS:
+        try:
+            collect.main(collect.Args(env_id, args.steps, args.seed, behavior_dir=args.behavior_dir))
+        except collect.NotShipped:
+            missing.append(env_id)
+            continue
+        datasets.append(load_dataset(env_id))
+        metadata[env_id] = json.loads((get_dataset_path(env_id) / "data" / "metadata.json").read_text())
+        rows.append(table_row(datasets[-1], metadata[env_id]["policies"]))
+    if not datasets:
+        raise UserError(f"no policies in {args.behavior_dir}; make them with train_behavior.py --export")
+    replay = {len(found["policies"]) for env_id, found in metadata.items() if "medium-replay" in env_id}
+    weak = [
+        f"{dataset.robot} ({dataset.returns.mean():,.0f})"
+        for dataset in datasets
+        if "/expert-" in dataset.env_id and dataset.returns.mean() < EXPERT_RETURN[dataset.robot]
+    ]
+    text = TEXT.format(
+        simulators=", ".join(dict.fromkeys(dataset.simulator for dataset in datasets)),
+        physics=", ".join({dataset.physics for dataset in datasets}),
+        seed=args.seed,
+        rows="\n".join(rows),
+        missing=f"Not shipped, since no policy for them exists: {', '.join(missing)}.\n\n" if missing else "",
+        steps=f"{args.steps:,}",
+        replay=" or ".join(map(str, sorted(replay))) or "no",
+        experts=f"\nWeaker than an expert should be: {', '.join(weak)}.\n" if weak else "",
+    )
+    (args.output_dir / "README.md").write_text(text)
+    draw_returns(datasets, args.output_dir / "returns.png")
+    print(f"wrote {args.output_dir / 'README.md'} and returns.png for {len(datasets)} data sets")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,283 @@
+"""Makes a local data set: rolls out the shipped behaviour policies in D4RL's physics and stores a Minari data set.
+
+    python local_datasets/collect.py --env-id local/hopper/medium-v0
+
+Recipe, after D4RL [D4RL Sec. 5, App. C]: actions are sampled from the policies' squashed Gaussians. random is the
+untrained SAC policy, medium and expert are two points of its training, medium-expert is half of each, and
+medium-replay stands for the replay buffer up to the medium policy: [deviation] equal shares of steps from snapshots in
+training order, since the buffer itself is too large to ship. card.py describes what comes out.
+
+Which episodes: those that one environment, run alone for the policy's share of the steps, would give. Episodes run
+side by side for speed, but are kept in the order in which they were started, never in the order in which they end, so
+short ones are not favoured; the last one of each share is cut at the budget and marked truncated. Start states and
+noise follow from --seed alone: the same command makes the same arrays on the same kind of machine.
+
+[D4RL] Datasets for Deep Data-Driven RL, arXiv 2004.07219
+"""
+
+import fnmatch
+import hashlib
+import json
+import os
+import shutil
+import sys
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import gymnasium as gym
+import minari
+import numpy as np
+import torch
+import tyro
+from filelock import FileLock, Timeout
+from minari.data_collector import EpisodeBuffer
+from minari.storage import get_dataset_path
+from safetensors import safe_open
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import UserError
+from common.evaluation import REFERENCE_RETURNS, make_env
+from local_datasets.train_behavior import BEHAVIOR_DIR, POLICY_FORMAT, SIMULATOR, Actor, as_policy, read_sums
+
+# Policies of each quality; each gets an equal share of the steps. replay-* is every replay-0, replay-1, ... shipped.
+POLICIES = {
+    "random": ["random"],
+    "medium": ["medium"],
+    "medium-replay": ["replay-*"],
+    "medium-expert": ["medium", "expert"],
+    "expert": ["expert"],
+}
+ENV_IDS = {f"local/{robot}/{quality}-v0": (robot, quality) for robot in SIMULATOR for quality in POLICIES}
+PARALLEL_EPISODES = 20
+
+
+@dataclass
+class Args:
+    env_id: str = "local/hopper/medium-v0"
+    """local/ROBOT/QUALITY-v0; ROBOT is hopper, walker2d or halfcheetah, QUALITY random, medium, expert, medium-replay
+    or medium-expert"""
+    steps: int = 200_000
+    """transitions in the data set"""
+    seed: int = 0
+    """seeds start states and action noise"""
+    force: bool = False
+    """replace a data set that was made otherwise"""
+    behavior_dir: Path = BEHAVIOR_DIR
+    """where the policies and their SHA256SUMS are"""
+
+
+class NotShipped(UserError):
+    """A data set whose policies are not there."""
+
+
+@dataclass
+class Policy:
+    """A shipped policy in float32; facts are its file, sha256, training step and measured return."""
+
+    actor: Actor
+    facts: dict
+
+
+@dataclass
+class Episode:
+    """One row per step, float32; obs has one row more."""
+
+    obs: list[np.ndarray]
+    action: list[np.ndarray] = field(default_factory=list)
+    reward: list[float] = field(default_factory=list)
+    terminated: bool = False
+
+    def as_buffer(self, length: int) -> EpisodeBuffer:
+        """The first `length` steps; an end that is not a fall is the time limit's or the budget's: truncated."""
+        ends = np.arange(1, length + 1) == length
+        terminated = self.terminated and length == len(self.reward)
+        return EpisodeBuffer(
+            observations=np.stack(self.obs[: length + 1]),
+            actions=np.stack(self.action[:length]),
+            rewards=np.array(self.reward[:length], np.float32),
+            terminations=ends & terminated,
+            truncations=ends & (not terminated),
+        )
+
+
+def load_policies(robot: str, quality: str, behavior_dir: Path) -> list[Policy]:
+    """The policies of a data set in training order; NotShipped if there is none, UserError if one was changed."""
+    sums = read_sums(behavior_dir)
+    names = []
+    for wanted in POLICIES[quality]:
+        found = fnmatch.filter(sums, f"{robot}-{wanted}.safetensors")
+        if not found:
+            shipped = ", ".join(name.removesuffix(".safetensors") for name in sums) or "none"
+            raise NotShipped(
+                f"local/{robot}/{quality}-v0 needs the policy {robot}-{wanted}, which is not in {behavior_dir} "
+                f"(there: {shipped}); choose another quality, or make it with train_behavior.py --robot {robot}"
+            )
+        names += sorted(found, key=lambda name: (len(name), name))  # replay-10 after replay-9
+    return [_load_policy(behavior_dir / name, sums[name]) for name in names]
+
+
+def _load_policy(path: Path, sha256: str) -> Policy:
+    found = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else "missing"
+    if found != sha256:
+        raise UserError(
+            f"{path}: sha256 is {found}, but SHA256SUMS beside it lists {sha256}; restore both files, "
+            "or export the policies again with train_behavior.py"
+        )
+    with safe_open(path, "pt") as file:
+        facts = json.loads((file.metadata() or {}).get("policy", "{}"))
+        weights = {name: file.get_tensor(name) for name in file.keys()}
+    if facts.get("format") != POLICY_FORMAT:
+        raise UserError(f"{path} has format {facts.get('format')}, this script reads {POLICY_FORMAT}; export it again")
+    width, obs_dim = weights["trunk.0.weight"].shape
+    actor = Actor(obs_dim, len(weights["head.weight"]) // 2, width)
+    actor.load_state_dict(weights)  # copies float16 into float32
+    return Policy(actor, {"file": path.name, "sha256": sha256, **facts})
+
+
+def roll_out(policies: list[Policy], envs: list[gym.Env], steps: int, seed: int, progress: tqdm) -> list[EpisodeBuffer]:
+    """Exactly `steps` steps: each policy's share, one policy after another."""
+    buffers = []
+    for index, policy in enumerate(policies):
+        left = (index + 1) * steps // len(policies) - index * steps // len(policies)
+        episode_seed = (100 * (seed + 1) + index) * 1_000_000  # no two episodes of a data set share one
+        act = as_policy(policy.actor, noise_seed=episode_seed)
+        while left > 0:
+            lengths = []
+            for episode in run_episodes(act, envs, episode_seed, left):
+                lengths.append(min(len(episode.reward), left - sum(lengths)))
+                if lengths[-1] > 0:
+                    buffers.append(episode.as_buffer(lengths[-1]))
+            episode_seed += len(envs)
+            left -= sum(lengths)
+            progress.update(sum(lengths))
+    return buffers
+
+
+def run_episodes(act, envs: list[gym.Env], seed: int, budget: int) -> list[Episode]:
+    """One episode per environment, in order, each run only as far as the first `budget` steps of all may need it."""
+    obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)]).astype(np.float32)
+    episodes = [Episode([first]) for first in obs.copy()]
+    lengths = np.zeros(len(envs), dtype=int)
+    running = np.arange(len(envs))
+    while len(running) > 0:
+        for i, action in zip(running, act(obs[running]), strict=True):
+            # unwrapped: the wrappers only check and count, and cost as much as the physics. mujoco.rollout makes 1.4 to
+            # 1.7 times as many steps, but knows neither rewards nor falls.
+            obs[i], reward, episodes[i].terminated, _, _ = envs[i].unwrapped.step(action)
+            episodes[i].obs.append(obs[i].copy())
+            episodes[i].action.append(action)
+            episodes[i].reward.append(reward)
+        lengths[running] += 1
+        goes_on = (lengths < envs[0].spec.max_episode_steps) & (np.cumsum(lengths) < budget)
+        running = np.array([i for i in running if goes_on[i] and not episodes[i].terminated], dtype=int)
+    return episodes
+
+
+def differences(folder: Path, recipe: dict) -> str:
+    """How the data set in folder differs from the recipe, in words; empty if it does not."""
+    try:
+        stored = json.loads((folder / "data" / "metadata.json").read_text())
+    except (OSError, ValueError) as error:
+        return f"cannot be read ({error})"
+    different = [key for key in recipe if stored.get(key) != recipe[key]]
+    return " and ".join(
+        "was made by other policies" if key == "policies" else f"has {key}={stored.get(key)}, not {recipe[key]}"
+        for key in different
+    )
+
+
+@contextmanager
+def minari_root(folder: Path):
+    """Minari reads and writes under folder."""
+    before = os.environ.get("MINARI_DATASETS_PATH")
+    os.environ["MINARI_DATASETS_PATH"] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ["MINARI_DATASETS_PATH"]
+        if before is not None:
+            os.environ["MINARI_DATASETS_PATH"] = before
+
+
+def make(args: Args, recipe: dict, policies: list[Policy], folder: Path, work: Path) -> None:
+    """Roll out, write under the Minari root `work`, and put the finished folder in place with a rename."""
+    robot, quality = ENV_IDS[args.env_id]
+    envs = [make_env(SIMULATOR[robot], "d4rl") for _ in range(PARALLEL_EPISODES)]
+    with tqdm(total=args.steps, desc=args.env_id, unit="step") as progress:
+        buffers = roll_out(policies, envs, args.steps, args.seed, progress)
+    with minari_root(work), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Minari asks for an author's address
+        minari.create_dataset_from_buffers(
+            args.env_id,
+            buffers,
+            env=envs[0],
+            eval_env=envs[0],
+            observation_space=gym.spaces.Box(-np.inf, np.inf, envs[0].observation_space.shape, np.float32),
+            algorithm_name="SAC",
+            ref_min_score=REFERENCE_RETURNS[robot][0],
+            ref_max_score=REFERENCE_RETURNS[robot][1],
+            description=f"{robot} {quality}: SAC policies in {SIMULATOR[robot]} with D4RL's capsule masses, made by "
+            "local_datasets/collect.py after D4RL's recipe. Not D4RL data.",
+            data_format="hdf5",
+        ).storage.update_metadata(recipe)
+    for path in (work / args.env_id / "data").iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists():
+        os.replace(folder, work / "replaced")
+    os.replace(work / args.env_id, folder)
+    returns = np.array([buffer.rewards.sum(dtype=np.float64) for buffer in buffers])
+    print(
+        f"{args.env_id}: {len(buffers):,} episodes, {args.steps:,} steps, "
+        f"return {returns.mean():.1f} ± {returns.std():.1f}, in {folder}"
+    )
+
+
+def main(args: Args) -> None:
+    if args.env_id not in ENV_IDS:
+        raise UserError(f"--env-id {args.env_id!r} is not a local data set; choose one of {', '.join(ENV_IDS)}")
+    policies = load_policies(*ENV_IDS[args.env_id], args.behavior_dir)
+    if args.steps < len(policies):
+        raise UserError(f"--steps {args.steps} is less than one per policy; give {len(policies)} or more")
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed} is negative; give 0 or more")
+    torch.set_num_threads(1)  # the order of float sums, and so the data, must not depend on the number of cores
+    facts = [policy.facts for policy in policies]
+    # Stored with the data, and compared with what is asked for the next time.
+    recipe = {"physics": "d4rl", "steps": args.steps, "seed": args.seed, "policies": facts}
+    try:
+        folder = get_dataset_path(args.env_id)
+        work = get_dataset_path(".collect") / args.env_id.replace("/", "-")  # Minari does not list hidden folders
+        work.parent.mkdir(exist_ok=True)
+        lock = FileLock(f"{work}.lock")
+        try:
+            lock.acquire(timeout=0)
+            lock.release()
+        except Timeout:
+            print(f"another process is making {args.env_id}; waiting for it", flush=True)
+        with lock:
+            different = differences(folder, recipe) if folder.exists() else ""
+            if different and not args.force:
+                raise UserError(f"{folder} {different}; --force replaces it")
+            if folder.exists() and not different:
+                print(f"{args.env_id} is already in {folder}")
+                return
+            shutil.rmtree(work, ignore_errors=True)  # left by a process that was killed, since the lock is ours
+            try:
+                make(args, recipe, policies, folder, work)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"cannot write {args.env_id} ({error}); set MINARI_DATASETS_PATH to a folder with space")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

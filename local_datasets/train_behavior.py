@@ -1,0 +1,429 @@
+"""SAC in one file: trains the behaviour policies whose episodes become the local data sets.
+
+D4RL's medium and expert data come from SAC policies at two points of one training run, and its replay data from that
+run's buffer. This script makes such a run: it keeps a snapshot of the actor every few thousand steps, and
+`--export` picks the shipped policies from them by their measured returns.
+
+    python local_datasets/train_behavior.py --robot hopper           # train, or go on where it stopped
+    python local_datasets/train_behavior.py --robot hopper --export  # write behavior/hopper-*.safetensors
+
+[SAC]      Soft Actor-Critic Algorithms and Applications, arXiv 1812.05905
+[D4RL]     Datasets for Deep Data-Driven RL, arXiv 2004.07219
+[DroQ]     Dropout Q-Functions for Doubly Efficient RL, arXiv 2110.02034 (layer norm in the critics)
+
+Symbols: alpha (temperature) is `entropy_weight`; the Polyak rate is `tau`.
+"""
+
+import csv
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from safetensors.torch import load_file, save, save_file
+from torch import nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import UserError
+from common.evaluation import Evaluator, make_env
+
+BEHAVIOR_DIR = Path(__file__).resolve().parent / "behavior"
+POLICY_FORMAT = 1  # of the shipped files; collect.py refuses others
+MAX_SHIPPED_BYTES = 2_000_000  # all robots together
+# Mean and standard deviation of the returns in D4RL's medium sets, which --export aims at [D4RL v2 files].
+MEDIUM_RETURN = {"hopper": (1422.06, 378.95), "walker2d": (2852.09, 1095.44), "halfcheetah": (4770.33, 355.75)}
+# Mean return below which a policy is not called expert: our own choice, D4RL's experts reach 3511, 4921, 10656.
+EXPERT_RETURN = {"hopper": 3000.0, "walker2d": 3800.0, "halfcheetah": 8000.0}
+SIMULATOR = {"hopper": "Hopper-v4", "walker2d": "Walker2d-v4", "halfcheetah": "HalfCheetah-v4"}
+
+
+@dataclass
+class Args:
+    robot: Literal["hopper", "walker2d", "halfcheetah"] = "hopper"
+    """which robot, in D4RL's physics"""
+    total_steps: int = 1_000_000
+    """environment steps of the whole run"""
+    seed: int = 0
+    """seeds networks, noise, start states and batches"""
+    snapshot_every: int = 5_000
+    """environment steps between two kept actors"""
+    eval_episodes: int = 10
+    """episodes of the stochastic policy that measure each snapshot"""
+    checkpoint_every: float = 5.0
+    """minutes between two checkpoints"""
+    folder: Path = Path("runs/behavior")
+    """the run goes to FOLDER/ROBOT"""
+
+    export: bool = False
+    """train no further: pick policies from the snapshots of a run with the same --seed, for collect.py"""
+    replay_snapshots: int = 8
+    """policies that stand for the replay buffer of the run up to the medium policy"""
+    export_episodes: int = 100
+    """episodes of the stochastic policy that measure each candidate again, with its weights rounded to float16"""
+    allow_weak_expert: bool = False
+    """export the best policy as expert even if it falls short of an expert's return"""
+    behavior_dir: Path = BEHAVIOR_DIR
+    """where --export writes"""
+
+    gamma: float = 0.99
+    """discount [SAC Tab. 1]"""
+    tau: float = 0.005
+    """Polyak rate of the target critics [SAC Tab. 1]"""
+    batch_size: int = 128
+    """transitions per update; [deviation] SAC has 256, half of it doubles the updates per second on one core"""
+    lr: float = 3e-4
+    """Adam rate of actor, critics and entropy weight [SAC Tab. 1]"""
+    actor_width: int = 128
+    """units in each of the actor's two layers; [deviation] SAC has 256, this keeps the shipped files small"""
+    critic_width: int = 256
+    """units in each of a critic's two layers [SAC Tab. 1]"""
+    learning_starts: int = 5_000
+    """environment steps of random actions first"""
+    actor_every: int = 2
+    """critic updates per actor update; [deviation] SAC has 1, this saves a fifth of the time"""
+
+
+class Actor(nn.Module):
+    """Squashed diagonal Gaussian: obs [n, obs_dim] -> action [n, action_dim] in (-1, 1), log-density [n]."""
+
+    def __init__(self, obs_dim: int, action_dim: int, width: int):
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(obs_dim, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
+        self.head = nn.Linear(width, 2 * action_dim)
+
+    def forward(self, obs):
+        mean, log_std = self.head(self.trunk(obs)).chunk(2, dim=-1)
+        log_std = log_std.clamp(-20, 2)
+        noise = torch.randn_like(mean)
+        pre_tanh = mean + log_std.exp() * noise
+        log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+        # log(1 - tanh(u)^2) in a form that does not cancel [SAC App. C]
+        log_squash = 2 * (math.log(2) - pre_tanh - F.softplus(-2 * pre_tanh))
+        return torch.tanh(pre_tanh), (log_normal - log_squash).sum(-1)
+
+
+class TwinCritic(nn.Module):
+    """Two Q functions in one batched product: obs, action -> [2, n]."""
+
+    def __init__(self, obs_dim: int, action_dim: int, width: int):
+        super().__init__()
+        sizes = [(obs_dim + action_dim, width), (width, width), (width, 1)]
+        uniform = [(n_in, n_out, 1 / math.sqrt(n_in)) for n_in, n_out in sizes]
+        self.weights = nn.ParameterList(torch.empty(2, i, o).uniform_(-bound, bound) for i, o, bound in uniform)
+        self.biases = nn.ParameterList(torch.empty(2, 1, o).uniform_(-bound, bound) for _, o, bound in uniform)
+
+    def forward(self, obs, action):
+        x = torch.cat([obs, action], -1).expand(2, -1, -1)
+        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = torch.baddbmm(bias, x, weight)
+            if layer < 2:
+                x = F.relu(F.layer_norm(x, x.shape[-1:]))
+        return x.squeeze(-1)
+
+
+class Trainer:
+    """Networks, optimisers and replay buffer; `state` is everything a resumed run needs."""
+
+    stateful = ("actor", "critic", "critic_target", "critic_optimizer", "actor_optimizer")
+
+    def __init__(self, args: Args, obs_dim: int, action_dim: int):
+        self.args = args
+        self.sizes = [obs_dim, action_dim, 1, obs_dim, 1]  # obs, action, reward, next_obs, terminated
+        self.replay = torch.zeros(args.total_steps, sum(self.sizes))
+        self.actor = Actor(obs_dim, action_dim, args.actor_width)  # first, so that --export can make it again
+        self.critic = TwinCritic(obs_dim, action_dim, args.critic_width)
+        self.critic_target = TwinCritic(obs_dim, action_dim, args.critic_width)
+        self.critic_target.load_state_dict(self.critic.state_dict())
+        self.log_entropy_weight = nn.Parameter(torch.zeros(1))
+        self.target_entropy = -float(action_dim)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=args.lr, fused=True)
+        self.actor_optimizer = torch.optim.Adam(
+            [*self.actor.parameters(), self.log_entropy_weight], lr=args.lr, fused=True
+        )
+
+    def update(self, step: int) -> None:
+        """One SAC update on a uniform batch of the first `step` transitions [SAC Alg. 1]."""
+        args = self.args
+        batch = self.replay[torch.randint(step, (args.batch_size,))]
+        obs, action, reward, next_obs, terminated = batch.split(self.sizes, dim=1)
+        entropy_weight = self.log_entropy_weight.detach().exp()
+        with torch.no_grad():
+            next_action, next_log_prob = self.actor(next_obs)
+            next_value = self.critic_target(next_obs, next_action).amin(0) - entropy_weight * next_log_prob
+            target = reward[:, 0] + args.gamma * (1 - terminated[:, 0]) * next_value
+        critic_loss = (self.critic(obs, action) - target).square().mean(1).sum()
+        self.critic_optimizer.zero_grad()
+        critic_loss.backward()
+        self.critic_optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.critic_target.parameters()), list(self.critic.parameters()), args.tau)
+        if step % args.actor_every == 0:
+            self.critic.requires_grad_(False)
+            new_action, log_prob = self.actor(obs)
+            actor_loss = (entropy_weight * log_prob - self.critic(obs, new_action).amin(0)).mean()
+            entropy_loss = -(self.log_entropy_weight.exp() * (log_prob.detach().mean() + self.target_entropy)).sum()
+            self.actor_optimizer.zero_grad()
+            (actor_loss + entropy_loss).backward()
+            self.actor_optimizer.step()
+            self.critic.requires_grad_(True)
+
+    def state(self, step: int, episode: int) -> dict:
+        modules = {name: getattr(self, name).state_dict() for name in self.stateful}
+        return {
+            **modules,
+            "log_entropy_weight": self.log_entropy_weight.detach(),
+            "replay": self.replay[:step],
+            "torch_random": torch.get_rng_state(),
+            "step": step,
+            "episode": episode,
+        }
+
+    def load(self, state: dict) -> tuple[int, int]:
+        for name in self.stateful:
+            getattr(self, name).load_state_dict(state[name])
+        self.log_entropy_weight.data.copy_(state["log_entropy_weight"])
+        self.replay[: state["step"]] = state["replay"]
+        torch.set_rng_state(state["torch_random"])
+        return state["step"], state["episode"]
+
+
+def as_policy(actor: Actor, noise_seed: int):
+    """NumPy view of the stochastic actor, for the Evaluator; its noise comes from torch's global generator."""
+    torch.manual_seed(noise_seed)
+
+    @torch.inference_mode()
+    def policy(obs: np.ndarray) -> np.ndarray:
+        return actor(torch.from_numpy(obs))[0].numpy()
+
+    return policy
+
+
+def save_atomically(path: Path, write) -> None:
+    """write(temporary_path), then rename: the file is there whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+# ---- Training
+
+
+def train(args: Args) -> None:
+    folder = args.folder / args.robot
+    (folder / "snapshots").mkdir(parents=True, exist_ok=True)
+    env = make_env(SIMULATOR[args.robot], "d4rl")
+    evaluator = Evaluator(SIMULATOR[args.robot], "d4rl", args.eval_episodes)
+    torch.manual_seed(args.seed)
+    trainer = Trainer(args, env.observation_space.shape[0], env.action_space.shape[0])
+    checkpoint, log_path = folder / "checkpoint.pt", folder / "snapshots.csv"
+    step = episode = 0
+    if checkpoint.exists():
+        step, episode = trainer.load(torch.load(checkpoint, weights_only=True))
+        print(f"resumed {checkpoint} at step {step}")
+    rows = [row for row in _read_log(log_path) if int(row["step"]) <= step]
+    last_save = time.monotonic()
+    bar = tqdm(total=args.total_steps, initial=step, desc=f"SAC {args.robot}", unit="step", mininterval=5)
+    while step < args.total_steps:
+        # Checkpoints fall between episodes and each episode has its own seed, so no simulator state need be kept.
+        if time.monotonic() - last_save > 60 * args.checkpoint_every:
+            save_atomically(checkpoint, partial(torch.save, trainer.state(step, episode)))
+            last_save = time.monotonic()
+        obs, _ = env.reset(seed=args.seed * 1_000_000 + episode)
+        for _ in range(env.spec.max_episode_steps):
+            tensor = torch.as_tensor(obs, dtype=torch.float32)
+            if step < args.learning_starts:
+                action = 2 * torch.rand(env.action_space.shape) - 1
+            else:
+                with torch.inference_mode():
+                    action = trainer.actor(tensor)[0]
+            obs, reward, terminated, _, _ = env.unwrapped.step(action.numpy())
+            next_tensor = torch.as_tensor(obs, dtype=torch.float32)
+            trainer.replay[step] = torch.cat(
+                [tensor, action, torch.tensor([reward]), next_tensor, torch.tensor([terminated])]
+            )
+            step += 1
+            if step >= args.learning_starts:
+                trainer.update(step)
+            if step % args.snapshot_every == 0:
+                rows.append(_snapshot(trainer, evaluator, folder, step))
+                _write_log(log_path, rows)
+                bar.set_postfix(mean_return=rows[-1]["mean_return"])
+            bar.update()
+            if terminated or step >= args.total_steps:
+                break
+        episode += 1
+    bar.close()
+    save_atomically(checkpoint, partial(torch.save, trainer.state(step, episode)))
+
+
+def _snapshot(trainer: Trainer, evaluator: Evaluator, folder: Path, step: int) -> dict:
+    random_state = torch.get_rng_state()  # measuring must not move the training's random stream
+    returns = evaluator(as_policy(trainer.actor, noise_seed=step), seed=step)
+    torch.set_rng_state(random_state)
+    save_atomically(_snapshot_path(folder, step), partial(save_file, trainer.actor.state_dict()))
+    return {"step": step, "mean_return": round(float(returns.mean()), 1), "std_return": round(float(returns.std()), 1)}
+
+
+def _snapshot_path(folder: Path, step: int) -> Path:
+    return folder / "snapshots" / f"{step:07d}.safetensors"
+
+
+def _read_log(path: Path) -> list[dict]:
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _write_log(path: Path, rows: list[dict]) -> None:
+    def write(temporary):
+        with open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, ["step", "mean_return", "std_return"])
+            writer.writeheader()
+            writer.writerows(rows)
+
+    save_atomically(path, write)
+
+
+# ---- Export
+
+
+@dataclass
+class Candidate:
+    """A policy as it would be shipped: float16 weights, and the returns that exactly these give."""
+
+    step: int
+    weights: dict[str, torch.Tensor]
+    mean: float
+    std: float
+
+    def packed(self, robot: str, seed: int, episodes: int) -> bytes:
+        """The shipped file. All facts stand under one metadata key, since safetensors keeps no order of keys."""
+        facts = {"format": POLICY_FORMAT, "robot": robot, "training_step": self.step, "training_seed": seed}
+        facts |= {"mean_return": round(self.mean, 1), "std_return": round(self.std, 1), "episodes": episodes}
+        return save(self.weights, {"policy": json.dumps(facts)})
+
+
+def export(args: Args) -> None:
+    """Choose random, medium, expert and replay policies of one run and write them with their sha256.
+
+    UserError if there is no run, or if the policies of all robots would exceed MAX_SHIPPED_BYTES.
+    """
+    folder = args.folder / args.robot
+    returns = {int(row["step"]): float(row["mean_return"]) for row in _read_log(folder / "snapshots.csv")}
+    if not returns:
+        raise UserError(f"{folder / 'snapshots.csv'} lists no snapshot; train first, or name the run with --folder")
+    evaluator = Evaluator(SIMULATOR[args.robot], "d4rl", args.export_episodes)
+    measure = cache(partial(_measure, args, evaluator, folder))  # a snapshot may be wanted for two purposes
+
+    target, target_std = MEDIUM_RETURN[args.robot]
+    nearest = sorted(returns, key=lambda step: abs(returns[step] - target))
+    medium = choose_medium([measure(step) for step in nearest[:8]], target, target_std)
+    best = max((measure(step) for step in sorted(returns, key=returns.get)[-5:]), key=lambda found: found.mean)
+    until_medium = np.array([step for step in sorted(returns) if step <= medium.step])
+    evenly = np.linspace(0, len(until_medium) - 1, min(args.replay_snapshots, len(until_medium))).round().astype(int)
+
+    chosen = {"random": measure(0), "medium": medium}
+    chosen |= {f"replay-{i}": measure(int(step)) for i, step in enumerate(until_medium[evenly])}
+    if best.mean >= EXPERT_RETURN[args.robot] or args.allow_weak_expert:
+        chosen["expert"] = best
+    else:
+        print(
+            f"no expert: the best policy has {best.mean:.0f}, an expert needs {EXPERT_RETURN[args.robot]:.0f}; "
+            "train longer, or accept it with --allow-weak-expert"
+        )
+    if abs(medium.mean - target) > 0.1 * target:
+        print(f"note: the medium policy has {medium.mean:.0f}, more than 10% away from D4RL's {target:.0f}")
+    for name, candidate in chosen.items():
+        print(f"{args.robot}-{name}: step {candidate.step:,}, return {candidate.mean:.1f} ± {candidate.std:.1f}")
+    _write_policies(args, chosen)
+
+
+def _measure(args: Args, evaluator: Evaluator, folder: Path, step: int) -> Candidate:
+    """The policy of that training step, 0 for the untrained one, rounded to float16 and rolled out."""
+    space = evaluator.envs[0].observation_space, evaluator.envs[0].action_space
+    torch.manual_seed(args.seed)  # as in train, so that a new actor is the one the run started from
+    actor = Actor(space[0].shape[0], space[1].shape[0], args.actor_width)
+    if step > 0:
+        actor.load_state_dict(load_file(_snapshot_path(folder, step)))
+    weights = {name: tensor.half() for name, tensor in actor.state_dict().items()}
+    actor.load_state_dict(weights)  # copies into float32: the rounded weights
+    returns = evaluator(as_policy(actor, noise_seed=step), seed=step + 1_000_000_000)  # start states of no other use
+    print(f"step {step:,}: return {returns.mean():.1f} ± {returns.std():.1f} in {len(returns)} episodes", flush=True)
+    return Candidate(step, weights, float(returns.mean()), float(returns.std()))
+
+
+def choose_medium(candidates: list[Candidate], target: float, target_std: float) -> Candidate:
+    """The one most like D4RL's in mean and spread of returns among those within 15% of its mean, else the closest.
+
+    A policy that either falls at once or walks to the end can have the right mean, but not the right spread.
+    """
+    close = [candidate for candidate in candidates if abs(candidate.mean - target) <= 0.15 * target]
+    if close:
+        return min(close, key=lambda candidate: math.hypot(candidate.mean - target, candidate.std - target_std))
+    return min(candidates, key=lambda candidate: abs(candidate.mean - target))
+
+
+def _write_policies(args: Args, chosen: dict[str, Candidate]) -> None:
+    """Replace this robot's files in behavior_dir, then the list of sha256 over all files there."""
+    files = {
+        f"{args.robot}-{name}.safetensors": candidate.packed(args.robot, args.seed, args.export_episodes)
+        for name, candidate in chosen.items()
+    }
+    args.behavior_dir.mkdir(parents=True, exist_ok=True)
+    sums = {name: sha for name, sha in read_sums(args.behavior_dir).items() if not name.startswith(f"{args.robot}-")}
+    others = [path for path in args.behavior_dir.glob("*.safetensors") if path.name in sums]
+    total = sum(map(len, files.values())) + sum(path.stat().st_size for path in others)
+    if total > MAX_SHIPPED_BYTES:
+        raise UserError(
+            f"{args.behavior_dir} would hold {total:,} bytes, the limit is {MAX_SHIPPED_BYTES:,}; "
+            "lower --replay-snapshots or train with a smaller --actor-width"
+        )
+    for path in args.behavior_dir.glob(f"{args.robot}-*.safetensors"):
+        if path.name not in files:
+            path.unlink()
+    for name, content in files.items():
+        save_atomically(args.behavior_dir / name, partial(Path.write_bytes, data=content))
+        sums[name] = hashlib.sha256(content).hexdigest()
+    lines = "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))  # sha256sum -c reads this
+    save_atomically(args.behavior_dir / "SHA256SUMS", partial(Path.write_text, data=lines))
+    print(f"wrote {len(files)} policies to {args.behavior_dir}; {total:,} bytes for all robots")
+
+
+def read_sums(behavior_dir: Path) -> dict[str, str]:
+    """sha256 of every shipped policy by file name; empty if none is shipped."""
+    path = behavior_dir / "SHA256SUMS"
+    lines = path.read_text().splitlines() if path.exists() else []
+    try:
+        return {name: sha256 for sha256, name in (line.split() for line in lines)}
+    except ValueError:
+        raise UserError(f"{path} is damaged: each line needs a sha256 and a file name; restore it")
+
+
+def main(args: Args) -> None:
+    torch.set_num_threads(1)  # matrices this small gain nothing from a second thread
+    if args.export:
+        export(args)
+    else:
+        train(args)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
