@@ -1,6 +1,7 @@
 """The simulator and the score: D4RL's physics on today's MuJoCo, many episodes at a time."""
 
 import warnings
+from contextlib import contextmanager
 
 import gymnasium as gym
 import mujoco
@@ -22,17 +23,29 @@ def make_env(simulator: str, physics: str) -> gym.Env:
     physics "stock" is the environment as installed. "d4rl" gives MuJoCo capsules the mass and inertia they had until
     MuJoCo 2.1.0, which recorded D4RL: those of a cylinder longer by one radius. Contacts are untouched.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # -v4 ids warn that -v5 exists; -v4 is what matches D4RL
+    if physics == "d4rl" and (simulator[-3:] != "-v4" or simulator[:-3].lower() not in REFERENCE_RETURNS):
+        raise UserError(f"--physics d4rl restores Hopper, Walker2d and HalfCheetah -v4, not {simulator}; use stock")
+    with _quiet():
         try:
             env = gym.make(simulator, disable_env_checker=True)
         except (gym.error.Error, ImportError) as error:
             raise UserError(f"cannot make the simulator {simulator!r}: {error}; install it or use another --env-id")
-    if physics == "d4rl":
-        if not simulator.lower().endswith("-v4") or simulator[:-3].lower() not in REFERENCE_RETURNS:
-            raise UserError(f"--physics d4rl restores Hopper, Walker2d and HalfCheetah -v4, not {simulator}; use stock")
-        _restore_capsules(env.unwrapped)
+        if physics == "d4rl":
+            _restore_capsules(env.unwrapped)
     return env
+
+
+@contextmanager
+def _quiet():
+    """No notes that -v5 exists (-v4 is what matches D4RL), nor MuJoCo notes on HalfCheetah, nor a file of them."""
+    handler = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(lambda message: None)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        mujoco.set_mju_user_warning(handler)
 
 
 def _restore_capsules(env) -> None:
@@ -52,9 +65,7 @@ def _restore_capsules(env) -> None:
             conaffinity=0,
         )
         geom.mass = 0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # HalfCheetah's file uses a deprecated attribute
-        twin = spec.compile()
+    twin = spec.compile()
     for field in ("body_mass", "body_inertia", "body_ipos", "body_iquat"):
         getattr(model, field)[:] = getattr(twin, field)
     mujoco.mj_setConst(model, env.data)
