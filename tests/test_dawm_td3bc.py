@@ -102,27 +102,36 @@ def test_unknown_task_gets_the_stated_rule():
     assert script.task_constants(Args(env_id="walker2d-medium-v2", target_return=0.3), 1.0) == (550, 0.3)
 
 
-@pytest.mark.parametrize("num_quantiles", [2, 1000])
-def test_normalizer_round_trip(num_quantiles):
+@pytest.mark.parametrize("kind", ["limits", "gaussian", "cdf"])
+def test_normalizer_round_trip(kind):
     values = torch.randn(5000, 3) * torch.tensor([1.0, 10, 0.1])
     values[:, 2] = values[:, 2].clamp(-0.05, 0.05)  # a clipped velocity: many equal values
-    normalizer = script.Normalizer(values, num_quantiles)
+    normalizer = script.Normalizer(values, kind)
     y = normalizer.normalize(values)
-    assert y.min() >= -1 and y.max() <= 1 and y[values.argmax(0), range(3)].eq(1).all()
+    torch.testing.assert_close(y.amax(0), normalizer.high)
+    assert (y >= normalizer.low - 1e-5).all()
     torch.testing.assert_close(normalizer.denormalize(y), values, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(normalizer.denormalize(y + 100), values.amax(0).expand(5000, 3))  # clipped to the data
+
+
+def test_gaussian_normalizer_has_mean_0_and_standard_deviation_1():
+    y = script.Normalizer(torch.randn(5000, 3) * 7 + 3, "gaussian").normalize(torch.randn(5000, 3) * 7 + 3)
+    assert y.mean(0).abs().max() < 0.05 and (y.std(0) - 1).abs().max() < 0.05
 
 
 def test_cdf_normalizer_is_the_empirical_cdf():
     """For distinct values, the share of data at or below x, mapped to [-1, 1]: within two quantile steps."""
     values = torch.randn(2001, 1)
-    y = script.Normalizer(values, 10_000).normalize(values)[:, 0]
-    share = (values <= values.T).float().mean(0)
+    y = script.Normalizer(values, "cdf").normalize(values)[:, 0]
+    share = (values[:, 0] <= values).float().mean(1)
     assert (y - (2 * share - 1)).abs().max() < 2 * 2 / 2001
 
 
-def test_constant_dimension_survives():
-    normalizer = script.Normalizer(torch.tensor([[3.0], [3.0], [3.0]]), 2)
-    assert normalizer.denormalize(normalizer.normalize(torch.tensor([[3.0]]))).item() == 3.0
+@pytest.mark.parametrize("kind", ["limits", "gaussian", "cdf"])
+def test_constant_dimension_survives(kind):
+    normalizer = script.Normalizer(torch.tensor([[3.0], [3.0], [3.0]]), kind)
+    y = normalizer.normalize(torch.tensor([[3.0]]))
+    assert torch.isfinite(y).all() and normalizer.denormalize(y).item() == 3.0
 
 
 # ---- Section 3: diffusion (figures: cosine schedule with s = 0.008 and clip 0.999, computed in float64 by hand)
@@ -573,6 +582,51 @@ def test_d4rl_layout_file_to_score_and_same_seed_same_metrics(tmp_path):
     names = {name for line in metrics(runs[0]) for name in line}
     assert {"world_model/loss", "idm/val_mse", "synthesis/transitions", "agent/qf_loss", "agent/actor_loss",
             "eval/episodic_return", "eval/normalized_score"} <= names  # fmt: skip
+    table = subprocess.run(
+        [sys.executable, "experiments/table.py", str(tmp_path / "a")], cwd=ROOT, capture_output=True, text=True
+    )
+    scores = [line["eval/normalized_score"] for line in metrics(runs[0]) if "eval/normalized_score" in line]
+    assert f"| {scores[-1]:.1f} | {np.mean(scores):.1f} | {max(scores):.1f} |" in table.stdout, table.stderr
+
+
+def test_minari_id_to_score(tmp_path):
+    """A Minari set of today's Hopper: its own simulator, stock physics, D4RL's reference returns."""
+    import minari
+    from minari.data_collector import EpisodeBuffer
+
+    env, rng, buffers = make_env("Hopper-v5", "stock"), np.random.default_rng(0), []
+    for episode in range(8):
+        observations, actions, rewards, terminated = [env.reset(seed=episode)[0]], [], [], False
+        while not terminated:
+            actions.append(rng.uniform(-1, 1, 3).astype(np.float32))
+            obs, reward, terminated, _, _ = env.step(actions[-1])
+            observations.append(obs)
+            rewards.append(reward)
+        ends = np.arange(1, len(rewards) + 1) == len(rewards)
+        buffers.append(
+            EpisodeBuffer(
+                observations=np.array(observations), actions=np.array(actions), rewards=rewards,
+                terminations=ends, truncations=ends & False,
+            )
+        )  # fmt: skip
+    root = {"MINARI_DATASETS_PATH": str(tmp_path / "minari"), "DAWM_CACHE_DIR": str(tmp_path / "cache")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", root["MINARI_DATASETS_PATH"])
+        (tmp_path / "minari").mkdir()
+        minari.create_dataset_from_buffers("test/hopper/random-v0", buffers, env=env, data_format="hdf5")
+    result = command("--env-id", "test/hopper/random-v0", "--run-dir", tmp_path / "runs", *TOY, **root)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "Minari data set" in result.stdout and "Hopper-v5, physics stock" in result.stdout
+
+
+def test_local_data_to_score(tmp_path):
+    """A local set is made from the shipped policies, then named like any other data."""
+    root = {"MINARI_DATASETS_PATH": str(tmp_path / "minari"), "DAWM_CACHE_DIR": str(tmp_path / "cache")}
+    collect = [sys.executable, "local_datasets/collect.py", "--env-id", "local/hopper/medium-v0", "--steps", "3000"]
+    subprocess.run(collect, cwd=ROOT, env={**os.environ, **root}, check=True, capture_output=True)
+    result = command("--env-id", "local/hopper/medium-v0", "--run-dir", tmp_path / "runs", *TOY, **root)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "shipped policies, not D4RL" in result.stdout and "Hopper-v4, physics d4rl" in result.stdout
 
 
 @pytest.mark.parametrize("options", [["--synthetic-fraction", "0"], ["--synthesis", "online", "--prediction", "x0"]])
