@@ -183,7 +183,7 @@ class Args:
 LAPTOP = dict(
     prediction="x0",
     normalizer="gaussian",
-    world_model_steps=20_000,
+    world_model_steps=15_000,
     world_model_lr=1e-3,
     unet_width=32,
     unet_multipliers=(1, 2),

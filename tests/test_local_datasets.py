@@ -42,7 +42,7 @@ def made_up(folders, monkeypatch):
         torch.manual_seed(step)
         robot = name.split("-")[0]
         weights = {key: tensor.half() for key, tensor in Actor(*SIZES[robot], 8).state_dict().items()}
-        content = Candidate(1000 * step, weights, 20.0, 5.0).packed(robot, seed=0, episodes=1)
+        content = Candidate(1000 * step, weights, 20.0, 5.0, 20.0).packed(robot, seed=0, episodes=1)
         (behavior / f"{name}.safetensors").write_bytes(content)
         sums += f"{hashlib.sha256(content).hexdigest()}  {name}.safetensors\n"
     (behavior / "SHA256SUMS").write_text(sums)
@@ -315,7 +315,7 @@ def test_export(folders, monkeypatch, capsys):
 
     def measured(args, evaluator, folder, step):  # its weights, but the return that the log claims
         candidate = measure(args, evaluator, folder, step)
-        return Candidate(step, candidate.weights, real[step], candidate.std)
+        return Candidate(step, candidate.weights, real[step], candidate.std, real[step])
 
     monkeypatch.setattr(train_behavior, "_measure", measured)
     args = train_behavior.Args(export=True, folder=folders / "run", behavior_dir=folders / "behavior", seed=5)
@@ -350,9 +350,11 @@ def test_export(folders, monkeypatch, capsys):
 
 
 def test_medium_prefers_the_spread_of_d4rl():
-    falls_or_walks, hops, far = (Candidate(0, {}, *found) for found in ((1422, 1400), (1450, 300), (1600, 379)))
-    assert choose_medium([falls_or_walks, hops, far], 1422.06, 378.95) is hops
+    returns = ((1422, 1400, 1700), (1450, 300, 1700), (1600, 379, 1900), (1422, 379, 1000))  # mean, std, without noise
+    falls_or_walks, hops, far, saved_by_noise = (Candidate(0, {}, *found) for found in returns)
+    assert choose_medium([falls_or_walks, hops, far, saved_by_noise], 1422.06, 378.95) is hops
     assert choose_medium([far], 1422.06, 378.95) is far
+    assert choose_medium([saved_by_noise], 1422.06, 378.95) is saved_by_noise
 
 
 def test_export_without_a_run(folders):
