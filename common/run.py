@@ -61,10 +61,10 @@ def parse_args(args_class: type, laptop: dict):
 
 
 def check_range(args, low: float, high: float, names: str) -> None:
-    """UserError if one of the named fields lies outside [low, high] or is NaN; None passes."""
+    """UserError if a named field is a number outside [low, high] or NaN; None and words pass."""
     for name in names.split():
         value = getattr(args, name)
-        if value is not None and not low <= value <= high:
+        if isinstance(value, int | float) and not low <= value <= high:
             limit = f"must be {low} or more" if high == float("inf") else f"lies outside [{low}, {high}]"
             raise UserError(f"--{name.replace('_', '-')} {value} {limit}")
 
@@ -147,7 +147,9 @@ class Run:
             f"mean return {data['mean_return']:.1f}, std {data['std_return']:.1f}",
         )
         self.say("simulator", f"{data['simulator']}, physics {self.args.physics}")
-        self.say("constants", ", ".join(f"{name} {value:.4g}" for name, value in constants.items()))
+        self.say(
+            "constants", ", ".join(f"{k} {v if isinstance(v, str) else format(v, '.4g')}" for k, v in constants.items())
+        )
         self.say("run", f"{self.folder} on {content['hardware']['device']}")
 
     def seed(self, stage: str, seed: int) -> None:

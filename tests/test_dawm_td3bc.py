@@ -340,6 +340,16 @@ def test_fall_rule_boundaries():
     assert not script.has_fallen("halfcheetah", torch.full((17,), 50.0))
 
 
+@pytest.mark.parametrize("target", [0.4, "own"])
+def test_target_return_is_one_for_all_or_each_pairs_own(target):
+    windows, asked = make_windows(linear_dataset(), target_return=target), []
+    world_model = make_world_model(windows)
+    world_model.sample = lambda obs, action, rtg: (asked.append(rtg), torch.zeros(5, 9, 2), torch.zeros(5, 8))[1:]
+    script.Synthesizer(Args(**TINY), "", windows, world_model, lambda x: x[..., :2])(torch.arange(5))
+    expected = windows.return_to_go[:5, None] if target == "own" else torch.full((5, 1), 0.4)
+    assert torch.equal(asked[0], expected)
+
+
 def test_synthesis_assembles_complete_transitions():
     windows = make_windows(linear_dataset())
     world_model = make_world_model(windows)
