@@ -20,6 +20,7 @@ Keys:
 [TD3BC]  A Minimalist Approach to Offline RL, arXiv 2106.06860, and its code
 [CFG]    Classifier-Free Diffusion Guidance, arXiv 2207.12598
 [IDDPM]  Improved Denoising Diffusion Probabilistic Models, arXiv 2102.09672 (cosine schedule, strided sampling)
+
 Tags: [KEY place] stands there; [unspecified] the paper is silent, our choice; [deviation] the paper says otherwise.
 
 Symbols: k in DAWM's Eq. 2 is `k` (diffusion step), in its return-to-go `step` (environment time); H is `horizon`;
@@ -82,7 +83,7 @@ class Args:
     window_padding: Literal["absorbing", "none"] = "absorbing"
     """continue a fallen episode with its last state and reward 0, or use only windows that fit [unspecified]"""
     normalizer: Literal["limits", "gaussian", "cdf"] = "limits"
-    """states by minimum and maximum, by mean and standard deviation, or by empirical CDF [DWM App.]; see LAPTOP"""
+    """units of the diffusion; [deviation] DWM takes the empirical CDF (cdf), whose first step errs more (README)"""
 
     # ---- World model
     world_model_seed: int = 100
@@ -132,9 +133,9 @@ class Args:
     synthesis: Literal["dataset", "online"] = "dataset"
     """generate once and train on the set [DAWM text], or inside the agent's loop [DAWM Alg. 2]"""
     synthesis_seed: int = 100
-    """seed of the sampling noise [unspecified]"""
+    """seed of the sampling noise in dataset mode [unspecified]"""
     synthesis_batch_size: int = 4096
-    """rollouts generated together; changes speed and memory only"""
+    """rollouts generated together in dataset mode [unspecified]"""
     sampling_steps: int = 3
     """N denoising steps out of K [DAWM App.]"""
     sampling_temperature: float = 0.5
@@ -148,7 +149,7 @@ class Args:
     termination: Literal["rule", "none"] = "rule"
     """end a rollout where the robot has fallen by the simulator's rule; none as printed [deviation]"""
     synthetic_fraction: float = 1.0
-    """share of synthetic transitions in a batch; 0 is TD3+BC on the real data, without any model"""
+    """share of synthetic transitions in a batch [DAWM Tab. 4]; 0 is TD3+BC on the real data, without any model"""
 
     # ---- Agent
     agent_updates: int = 1_000_000
@@ -164,7 +165,7 @@ class Args:
     noise_clip: float = 0.5
     """bound of that noise [TD3BC]"""
     policy_delay: int = 2
-    """critic updates per actor update, n [TD3BC]"""
+    """critic updates per actor update, n [TD3BC]; with --synthesis online, rollouts per actor update"""
     bc_alpha: float = 2.5
     """weight of Q against behaviour cloning [TD3BC Eq. 5]"""
 
@@ -219,12 +220,19 @@ def check_args(args: Args) -> None:
     counts += "idm_width synthesis_batch_size conditioning_subsample agent_updates agent_batch_size policy_delay "
     check_range(args, 1, math.inf, counts + "eval_every eval_episodes log_every ema_every")
     check_range(args, 0, 1, "cond_drop_prob ema_decay idm_dropout gamma tau synthetic_fraction")
-    check_range(args, 0, 0.9, "world_model_holdout idm_holdout")
+    check_range(args, 0, 0.9, "world_model_holdout")
+    check_range(args, 0.001, 0.9, "idm_holdout")
+    check_range(args, 0, 2**31, "seed world_model_seed idm_seed synthesis_seed")
     check_range(args, 0, 100, "sampling_temperature guidance_scale policy_noise noise_clip bc_alpha")
     check_range(args, 1e-8, 1, "world_model_lr idm_lr agent_lr")
     check_range(args, -100, 100, "target_return")
     if args.sampling_steps > args.diffusion_steps:
         raise UserError(f"--sampling-steps {args.sampling_steps} is above --diffusion-steps {args.diffusion_steps}")
+    if args.synthesis == "online" and (args.conditioning_subsample > 1 or 0 < args.synthetic_fraction < 1):
+        raise UserError(
+            "--synthesis online draws from all pairs and mixes nothing: no --conditioning-subsample, and a "
+            "--synthetic-fraction of 0 or 1; use --synthesis dataset"
+        )
     if args.unet_width % 8 or args.unet_width < 8 or min(args.unet_multipliers, default=0) < 1:
         raise UserError(f"--unet-width {args.unet_width} must be 8, 16, ... and --unet-multipliers positive")
 
@@ -233,7 +241,7 @@ def check_args(args: Args) -> None:
 # 2. Data: episodes to windows, return-to-go
 # ---------------------------------------------------------------------------------------------------------------------
 # RETURN-TO-GO. [deviation] DAWM prints a sum over the window's H+1 rewards, but its divisor (400 for Hopper) only fits
-# sums to the episode's end: eight rewards give 25, and the largest label that [DWM App.] plots is 0.61 x 400 = 244.
+# sums to the episode's end: eight rewards give 25; [DWM App.] plots labels up to 0.61 x 400 = 244 for hopper-medium.
 
 
 def discounted_return_to_go(reward: np.ndarray, lengths: np.ndarray, gamma: float) -> np.ndarray:
@@ -249,6 +257,11 @@ def discounted_return_to_go(reward: np.ndarray, lengths: np.ndarray, gamma: floa
 
 def task_constants(args: Args, largest_return_to_go: float) -> tuple[float, float | str]:
     """Return scale and target return of this data set; --target-return wins."""
+    if not largest_return_to_go > 0:
+        raise UserError(
+            f"the largest return-to-go of {args.env_id} is {largest_return_to_go:.3g}, no scale for it; "
+            "shift its rewards above 0"
+        )
     scale, target = TASKS.get(args.env_id, (largest_return_to_go / 0.6, 0.7))
     return float(scale), target if args.target_return is None else args.target_return
 
@@ -275,6 +288,8 @@ class Windows:
                 f"--horizon {args.horizon} needs {args.horizon + 1} transitions in a row, but the longest episode has "
                 f"{dataset.lengths.max()}; lower --horizon"
             )
+        if len(last) < 2:
+            raise UserError(f"{args.env_id} has one episode; held-out measurements need two or more")
         usable = fits | dataset.terminated[last][episode] if args.window_padding == "absorbing" else fits
         return_to_go = discounted_return_to_go(dataset.reward, dataset.lengths, args.gamma)
         if args.return_to_go == "window":
@@ -297,7 +312,8 @@ class Windows:
         """Mask [N] of the windows in a random share of the episodes."""
         episodes = int(self.episode[-1]) + 1
         order = torch.randperm(episodes, generator=torch.Generator().manual_seed(seed))
-        return torch.isin(self.episode, order[: math.ceil(share * episodes)].to(self.episode.device))
+        count = min(math.ceil(share * episodes), episodes - 1)  # something must be left to train on
+        return torch.isin(self.episode, order[:count].to(self.episode.device))
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         """Rows of obs and reward that make up the windows `index` [B] -> [B, H+2]."""
@@ -364,7 +380,7 @@ def strided_steps(num_diffusion_steps: int, sampling_steps: int) -> list[int]:
 
 
 def posterior_coefficients(alpha_bar: torch.Tensor, steps: list[int]) -> list[tuple[float, float, float]]:
-    """For each visited step, ascending: weight of x0, weight of x_k and std of the next x [IDDPM Sec. 3, 4].
+    """For each visited step, ascending: weight of x0, weight of x_k and std of the next x [IDDPM].
 
     The betas are those of the shortened chain; the full chain's would leave the noise level inconsistent.
     """
@@ -537,7 +553,7 @@ class WorldModel(nn.Module):
         known[:, 0, : self.obs_dim] = self.obs_units.normalize(obs)
         # Both guidance branches, with and without return-to-go, go through the network as one batch.
         action, return_to_go = torch.cat([action, action]), torch.cat([return_to_go, return_to_go])
-        keep = torch.cat([torch.ones(batch, 1), torch.zeros(batch, 1)]).to(obs.device)
+        keep = (torch.arange(2 * batch, device=obs.device) < batch).float()[:, None]
         x = torch.randn_like(known)  # [DWM App.]; DD's code starts from half of it
         for k, (weight_x0, weight_x_k, std) in reversed(self.sampling_chain):
             self.pin(x, known)
@@ -557,7 +573,7 @@ class WorldModel(nn.Module):
 
 
 def train_world_model(args: Args, windows: Windows, run: Run) -> WorldModel:
-    """Fit the denoiser by noise prediction; the returned model carries the averaged weights [DWM App.]."""
+    """Fit the denoiser by Eq. 2, or by its x0 form; the returned model carries the averaged weights [DWM App.]."""
     run.seed("world_model", args.world_model_seed)
     world_model = WorldModel(args, windows).to(run.device)
     ema_denoiser = copy.deepcopy(world_model.denoiser)
@@ -565,6 +581,8 @@ def train_world_model(args: Args, windows: Windows, run: Run) -> WorldModel:
     optimizer = torch.optim.Adam(parameters, lr=args.world_model_lr, fused=True)
     held_out = windows.held_out(args.world_model_holdout, args.world_model_seed)
     train, measure = (windows.usable & ~held_out).nonzero()[:, 0], (windows.fits & held_out).nonzero()[:, 0]
+    if not len(train):
+        raise UserError(f"--world-model-holdout {args.world_model_holdout} keeps every long episode away; lower it")
     normalized = world_model.normalize(windows.obs, windows.reward)  # once, not for every batch
     with run.stage("world model", args.world_model_steps, "update") as bar:
         for step in range(1, args.world_model_steps + 1):
@@ -580,13 +598,13 @@ def train_world_model(args: Args, windows: Windows, run: Run) -> WorldModel:
                 with torch.no_grad():
                     rate = 1 - args.ema_decay if step > args.ema_start else 1.0
                     torch._foreach_lerp_(ema_parameters, parameters, rate)
-            if step % args.log_every == 0:
+            if step % args.log_every == 0 or step == args.world_model_steps:
                 run.log(step, {"world_model/loss": loss})
             bar.update()
     world_model.denoiser = ema_denoiser if args.world_model_steps >= args.ema_every else world_model.denoiser
+    save_file(world_model.state_dict(), run.folder / "world_model.safetensors")
     if len(measure):
         run.log(args.world_model_steps, rollout_errors(world_model, windows, measure))
-    save_file(world_model.state_dict(), run.folder / "world_model.safetensors")
     return world_model
 
 
@@ -599,8 +617,8 @@ def rollout_errors(world_model: WorldModel, windows: Windows, index: torch.Tenso
     index = index[torch.linspace(0, len(index) - 1, 2048, device=index.device).long()]
     obs, reward = windows.obs[windows.rows(index)], windows.reward[windows.rows(index)]
     made_obs, made_reward = world_model.sample(obs[:, 0], windows.action[index], windows.return_to_go[index, None])
-    obs_error = ((made_obs - obs) / windows.obs.std(0)).square().mean((0, 2)).sqrt()[1:]
-    reward_error = ((made_reward - reward[:, :-1]) / windows.reward.std()).square().mean(0).sqrt()
+    obs_error = ((made_obs - obs) / (windows.obs.std(0) + 1e-6)).square().mean((0, 2)).sqrt()[1:]
+    reward_error = ((made_reward - reward[:, :-1]) / (windows.reward.std() + 1e-6)).square().mean(0).sqrt()
     names = [f"world_model/val_{what}_error_step{i + 1}" for what in ("obs", "reward") for i in range(len(obs_error))]
     return dict(zip(names, torch.cat([obs_error, reward_error]).tolist(), strict=True))
 
@@ -662,7 +680,9 @@ def train_inverse_dynamics(args: Args, windows: Windows, run: Run) -> InverseDyn
     held_out = windows.held_out(args.idm_holdout, args.idm_seed)
     train, measure = (has_past & ~held_out).nonzero()[:, 0], (has_past & held_out).nonzero()[:, 0]
     if not len(train) or not len(measure):
-        raise UserError(f"--idm-holdout {args.idm_holdout} leaves nothing to train or to measure on; use more episodes")
+        raise UserError(
+            f"--idm-holdout {args.idm_holdout} leaves an empty part; episodes of two steps or more are needed"
+        )
     measure = measure[torch.linspace(0, len(measure) - 1, min(len(measure), 10_000), device=run.device).long()]
 
     def triples(index):
@@ -752,13 +772,13 @@ def synthesize(args: Args, synthesizer: Synthesizer, run: Run) -> torch.Tensor:
     run.seed("synthesis", args.synthesis_seed)
     pairs = len(synthesizer.windows.start)
     chosen = torch.randperm(pairs, device=run.device)[: max(1, pairs // args.conditioning_subsample)]
+    obs_dim, action_dim = synthesizer.world_model.obs_dim, synthesizer.windows.action.shape[1]
     parts, at_bounds, falls = [], 0.0, 0.0
     with run.stage("synthesis", len(chosen), "pair") as bar:
         for index in chosen.split(args.synthesis_batch_size):
             rows, valid = synthesizer(index)
             parts.append(rows[valid])
-            obs_dim, action_dim = synthesizer.world_model.obs_dim, synthesizer.windows.action.shape[1]
-            at_bounds += (rows[..., obs_dim : obs_dim + action_dim].abs() > 0.999).float().mean() * len(index)
+            at_bounds += (rows[:, 1:, obs_dim : obs_dim + action_dim].abs() > 0.999).float().mean() * len(index)
             falls += rows[..., -1].amax(1).sum()
             bar.update(len(index))
     transitions = torch.cat(parts)
@@ -901,7 +921,7 @@ def train_agent(args: Args, dataset: OfflineDataset, synthetic, synthesizer, eva
     with run.stage("agent", args.agent_updates, "update") as bar:
         for update in range(1, args.agent_updates + 1):
             losses |= agent.update(*next(source))
-            if update % args.log_every == 0:
+            if update % args.log_every == 0 or update == args.agent_updates:
                 run.log(update, losses)
             if update % args.eval_every == 0 or update == args.agent_updates:
                 returns.append(evaluate(agent.actor, evaluator, dataset, update, run))
@@ -918,7 +938,8 @@ def evaluate(actor: Actor, evaluator: Evaluator, dataset: OfflineDataset, update
     def policy(obs: np.ndarray) -> np.ndarray:
         return actor(torch.as_tensor(obs, device=run.device)).cpu().numpy()
 
-    returns = evaluator(policy, seed=run.args.seed + 100)  # as TD3BC's code
+    with run.timed("evaluation"):
+        returns = evaluator(policy, seed=run.args.seed + 100)  # as TD3BC's code
     mean = float(returns.mean())
     score = normalized_score(dataset.robot, mean)
     run.log(
@@ -937,9 +958,12 @@ def evaluate(actor: Actor, evaluator: Evaluator, dataset: OfflineDataset, update
 def main(args: Args) -> float:
     check_args(args)
     run = Run(args)
-    dataset = load_dataset(args.env_id, args.data_path)
+    with run.timed("data"):
+        dataset = load_dataset(args.env_id, args.data_path)
     args.physics = dataset.physics if args.physics == "auto" else args.physics
-    evaluator = Evaluator(dataset.simulator, args.physics, args.eval_episodes)
+    evaluator = Evaluator(
+        dataset.simulator, args.physics, args.eval_episodes, dataset.simulator_kwargs, dataset.obs.shape[1]
+    )
     windows = Windows(args, dataset, run.device)
     run.describe(dataset.facts(), return_scale=windows.return_scale, target_return=windows.target_return)
     synthetic = synthesizer = None

@@ -96,6 +96,7 @@ class OfflineDataset:
     path: str
     sha256: str
     simulator: str
+    simulator_kwargs: dict
     physics: str
     note: str
     obs: np.ndarray
@@ -180,7 +181,7 @@ def _load_d4rl(env_id: str, data_path: Path | None) -> OfflineDataset:
     simulator, obs_dim, action_dim = ROBOTS[robot]
     arrays, sha256 = _cached(path, _read_d4rl)
     dataset = OfflineDataset(
-        env_id, "D4RL file", str(path), sha256, simulator, "d4rl", "", **_checked(path, arrays, obs_dim, action_dim)
+        env_id, "D4RL file", str(path), sha256, simulator, {}, "d4rl", "", **_checked(path, arrays, obs_dim, action_dim)
     )
     found = (int(dataset.complete.sum()), int(arrays["flagged_steps"]), float(arrays["flagged_return"]))
     dataset.note = _compare_with_published(env_id, found, sha256)
@@ -341,8 +342,8 @@ def _minari_root() -> Path:
 def _make_local(env_id: str) -> None:
     """Roll out the shipped policies once; collect.py makes a second process wait and then read."""
     script = Path(__file__).resolve().parent.parent / "local_datasets" / "collect.py"
-    if subprocess.run([sys.executable, script, "--env-id", env_id]).returncode != 0:
-        raise UserError(f"{env_id} could not be made; the line above says why")
+    if (code := subprocess.run([sys.executable, script, "--env-id", env_id]).returncode) != 0:
+        sys.exit(code)  # collect.py has said why, in one line
 
 
 def _load_minari(env_id: str) -> OfflineDataset:
@@ -368,7 +369,8 @@ def _load_minari(env_id: str) -> OfflineDataset:
             "it must be whole and in Minari's hdf5 format: delete a cut one and try again"
         )
     checked = _checked(folder, arrays, *(space.shape[0] for space in spaces))
-    return OfflineDataset(env_id, "Minari data set", str(folder), sha256, spec.id, "stock", "", **checked)
+    kwargs = dict(spec.kwargs) | ({"max_episode_steps": spec.max_episode_steps} if spec.max_episode_steps else {})
+    return OfflineDataset(env_id, "Minari data set", str(folder), sha256, spec.id, kwargs, "stock", "", **checked)
 
 
 def _download_minari(env_id: str, folder: Path) -> None:

@@ -17,7 +17,7 @@ REFERENCE_RETURNS = {
 }
 
 
-def make_env(simulator: str, physics: str) -> gym.Env:
+def make_env(simulator: str, physics: str, **kwargs) -> gym.Env:
     """A gymnasium environment by id ("Hopper-v4").
 
     physics "stock" is the environment as installed. "d4rl" gives MuJoCo capsules the mass and inertia they had until
@@ -27,8 +27,8 @@ def make_env(simulator: str, physics: str) -> gym.Env:
         raise UserError(f"--physics d4rl restores Hopper, Walker2d and HalfCheetah -v4, not {simulator}; use stock")
     with _quiet():
         try:
-            env = gym.make(simulator, disable_env_checker=True)
-        except (gym.error.Error, ImportError) as error:
+            env = gym.make(simulator, disable_env_checker=True, **kwargs)
+        except (gym.error.Error, ImportError, TypeError) as error:
             raise UserError(f"cannot make the simulator {simulator!r}: {error}; install it or use another --env-id")
         if physics == "d4rl":
             _restore_capsules(env.unwrapped)
@@ -74,10 +74,16 @@ def _restore_capsules(env) -> None:
 class Evaluator:
     """Runs whole episodes of a policy, all of them side by side so that the policy sees one batch per step."""
 
-    def __init__(self, simulator: str, physics: str, episodes: int):
+    def __init__(self, simulator: str, physics: str, episodes: int, kwargs: dict | None = None, obs_dim: int = 0):
         self.simulator, self.physics = simulator, physics
-        self.envs = [make_env(simulator, physics) for _ in range(episodes)]
+        self.envs = [make_env(simulator, physics, **(kwargs or {})) for _ in range(episodes)]
         self.max_steps = self.envs[0].spec.max_episode_steps
+        shape = self.envs[0].observation_space.shape
+        if self.max_steps is None or (obs_dim and shape != (obs_dim,)):
+            raise UserError(
+                f"{simulator} has observations {shape} and a limit of {self.max_steps} steps, the data have {obs_dim} "
+                "dimensions; such data can be trained on, but not scored: use another --env-id"
+            )
 
     def __call__(self, policy, seed: int) -> np.ndarray:
         """Undiscounted returns [episodes]. policy maps obs [n, obs_dim] float32 to actions [n, action_dim].

@@ -48,10 +48,10 @@ def parse_args(args_class: type, laptop: dict):
             annotation = typing.Annotated[hints[name[1]], tyro.conf.arg(help=docs[name[1]])]
             group.append((name[1], annotation, dataclasses.field(default=defaults[name[1]])))
     parts = [
-        (f"part{i}", typing.Annotated[dataclasses.make_dataclass(heading, fields), tyro.conf.arg(help=heading)])
-        for i, (heading, fields) in enumerate(groups.items())
+        (heading.lower().split(":")[0].replace(" ", "_"), dataclasses.make_dataclass(heading, fields))
+        for heading, fields in groups.items()
     ]
-    parts = [(name, part, dataclasses.field(default_factory=typing.get_args(part)[0])) for name, part in parts]
+    parts = [(name, part, dataclasses.field(default_factory=part)) for name, part in parts]
     nested = tyro.cli(
         dataclasses.make_dataclass("Args", parts),
         description=sys.modules[args_class.__module__].__doc__,
@@ -92,6 +92,7 @@ class Run:
         self.args = args
         self.started = time.monotonic()
         self.stages: dict[str, tuple[float, str]] = {}  # seconds and rate
+        self.elsewhere = 0.0  # seconds of the current stage that `timed` has taken out
         self.history: dict[str, list[tuple[int, float]]] = {}
         self.device = select_device(args.device)
         self.wandb = _import_wandb() if args.track else None
@@ -164,10 +165,20 @@ class Run:
         """A timed stage with one progress bar; `bar.update(n)` counts units."""
         start = time.monotonic()
         with tqdm(total=total, desc=name, unit=unit, unit_scale=True, mininterval=0.5, dynamic_ncols=True) as bar:
+            self.elsewhere = 0.0
             yield bar
-        seconds = time.monotonic() - start
+        seconds = time.monotonic() - start - self.elsewhere
         self.stages[name] = (seconds, f"{bar.n / seconds:,.0f} {unit}s/s")
         self.log(bar.n, {f"time/{name.replace(' ', '_')}_{unit}s_per_second": bar.n / seconds})
+
+    @contextmanager
+    def timed(self, name: str):
+        """Time that gets a row of its own and is not counted to the stage around it."""
+        start = time.monotonic()
+        yield
+        seconds = time.monotonic() - start
+        self.elsewhere += seconds
+        self.stages[name] = (self.stages.get(name, (0.0, ""))[0] + seconds, "")
 
     def log(self, step: int, values: dict) -> None:
         """Values by "stage/what" name, at that stage's gradient update `step`. Tensors are read here and nowhere else.

@@ -42,6 +42,8 @@ def main(root: Path) -> None:
     for runs in groups.values():
         content = runs[0][0]
         args = content["args"]
+        if "eval/normalized_score" not in runs[0][1]:
+            continue  # no reference returns: see the runs' own summary.txt
         scores = [metrics["eval/normalized_score"] for _, metrics in runs]
         columns = [
             f"`{args['exp_name']}.py`",
@@ -56,7 +58,7 @@ def main(root: Path) -> None:
         print("| " + " | ".join(columns) + " |")
     for runs in groups.values():
         content, metrics = runs[0]
-        if "idm/best_val_mse" not in metrics:
+        if "world_model/val_obs_error_step1" not in metrics:
             continue
         steps = range(1, content["args"]["horizon"] + 2)
         print(f"\n{content['args']['env_id']}, held-out episodes: RMSE in standard deviations, by rollout step\n")

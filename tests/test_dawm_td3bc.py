@@ -39,7 +39,7 @@ def linear_dataset(episodes=40, length=30, terminated=False, seed=0) -> OfflineD
         return array.reshape(episodes * length, *array.shape[2:]).astype(np.float32)
 
     return OfflineDataset(
-        "linear", "test", "", "", "Linear-v0", "stock", "", flat(obs[:, :-1]), flat(action), flat(obs[:, :-1, 0]),
+        "linear", "test", "", "", "Linear-v0", {}, "stock", "", flat(obs[:, :-1]), flat(action), flat(obs[:, :-1, 0]),
         flat(obs[:, 1:]), ends.reshape(-1), np.full(episodes, length), np.ones(episodes, bool),
     )  # fmt: skip
 
@@ -654,6 +654,8 @@ def test_control_and_online_mode(tmp_path, options):
         (["--env-id", "hoper-medium-v2"], "unknown --env-id 'hoper-medium-v2'; nearest known: hopper-medium-v2"),
         (["--sampling-steps", "6"], "--sampling-steps 6 is above --diffusion-steps 5"),
         (["--synthetic-fraction", "1.5"], "--synthetic-fraction 1.5 lies outside [0, 1]"),
+        (["--synthesis", "online", "--synthetic-fraction", "0.5"], "--synthesis online draws from all pairs"),
+        (["--idm-holdout", "0"], "--idm-holdout 0.0 lies outside [0.001, 0.9]"),
         (["--horizon", "0"], "--horizon 0 must be 1 or more"),
         (["--gamma", "nan"], "--gamma nan lies outside [0, 1]"),
         (["--target-return", "inf"], "--target-return inf lies outside [-100, 100]"),
