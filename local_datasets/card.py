@@ -24,7 +24,7 @@ from local_datasets.train_behavior import BEHAVIOR_DIR, EXPERT_RETURN, SIMULATOR
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-# Spread of the returns in D4RL's files, as public training logs of Decision Transformer print it; means are in KNOWN.
+# Spread of the returns in D4RL's files, from public training logs; means are in KNOWN.
 D4RL_STD = {
     "hopper-medium-v2": 379,
     "hopper-medium-replay-v2": 511,
@@ -62,8 +62,9 @@ The last column is the D4RL v2 set of the same name.
 
 - **Size.** {steps} steps per set; D4RL's medium and expert sets have a million, medium-expert two million.
 - **Policies.** One SAC run per robot ([train_behavior.py](train_behavior.py); smaller networks and layer-normalised
-  critics), not D4RL's. Its medium policy is chosen for the mean return of D4RL's medium set, so its gait, its spread
-  of returns and the states it visits are others.
+  critics), not D4RL's. Its medium policy is the snapshot most like D4RL's medium set in mean and spread of returns,
+  among those that do at least a tenth better without their noise: cloning D4RL's hopper-medium does that too, but it
+  makes the data's own mean easier to reach. Gait and visited states are others.
 - **medium-replay** is not a replay buffer: equal shares of steps from {replay} snapshots between the start of training
   and the medium policy, without the exploration that changes from step to step.
 - **random** is the run's untrained policy.
