@@ -95,6 +95,8 @@ class Run:
         self.elsewhere = 0.0  # seconds of the current stage that `timed` has taken out
         self.history: dict[str, list[tuple[int, float]]] = {}
         self.device = select_device(args.device)
+        if args.threads:
+            torch.set_num_threads(args.threads)
         self.wandb = _import_wandb() if args.track else None
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         self.folder = Path(args.run_dir) / f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{stamp}"

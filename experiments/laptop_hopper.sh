@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
 # The README's results: three agent seeds of DAWM-TD3BC and of its control on local Hopper data, at laptop scale.
-# About 40 minutes on two cores. One thread per run, two runs at a time; then: python experiments/table.py runs/laptop
+# About 25 minutes on two cores, two runs at a time, one thread each; then: python experiments/table.py runs/laptop
 set -eu
 cd "$(dirname "$0")/.."
-export OMP_NUM_THREADS=1
 python=${PYTHON:-.venv/bin/python}
 for seed in 0 1 2; do
   for fraction in 1 0; do
