@@ -63,8 +63,8 @@ The last column is the D4RL v2 set of the same name.
 - **Size.** {steps} steps per set; D4RL's medium and expert sets have a million, medium-expert two million.
 - **Policies.** One SAC run per robot ([train_behavior.py](train_behavior.py); smaller networks and layer-normalised
   critics), not D4RL's. Its medium policy is the snapshot most like D4RL's medium set in mean and spread of returns,
-  among those that do at least a tenth better without their noise: cloning D4RL's hopper-medium does that too, but it
-  makes the data's own mean easier to reach. Gait and visited states are others.
+  where possible among those that do at least a tenth better without their noise: cloning D4RL's hopper-medium does that
+  too, but it makes the data's own mean easier to reach. Gait and visited states are others.
 - **medium-replay** is not a replay buffer: equal shares of steps from {replay} snapshots between the start of training
   and the medium policy, without the exploration that changes from step to step.
 - **random** is the run's untrained policy.
@@ -78,7 +78,9 @@ The last column is the D4RL v2 set of the same name.
 
 `behavior/*.safetensors` hold float16 weights; `behavior/SHA256SUMS` lists their hashes, and collect.py refuses others.
 {experts}
-To make them again (hours, one core per robot):
+The shipped ones were picked from runs of 470,000 steps for hopper (all it ships is from the first 260,000; exported with
+`--allow-weak-expert`), 255,000 for walker2d and 240,000 for halfcheetah, seed 0; Walker2d's and HalfCheetah's export used
+`--export-episodes 50`. To make policies again (hours, one core per robot):
 
     python local_datasets/train_behavior.py --robot hopper
     python local_datasets/train_behavior.py --robot hopper --export
