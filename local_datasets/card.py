@@ -78,9 +78,9 @@ The last column is the D4RL v2 set of the same name.
 
 `behavior/*.safetensors` hold float16 weights; `behavior/SHA256SUMS` lists their hashes, and collect.py refuses others.
 {experts}
-The shipped ones were picked from runs of 470,000 steps for hopper (all it ships is from the first 260,000; exported with
-`--allow-weak-expert`), 255,000 for walker2d and 240,000 for halfcheetah, seed 0; Walker2d's and HalfCheetah's export used
-`--export-episodes 50`. To make policies again (hours, one core per robot):
+The shipped ones were picked from runs, seed 0, of 470,000 steps for hopper (all it ships is from the first 260,000;
+exported with `--allow-weak-expert`), 255,000 for walker2d and 240,000 for halfcheetah (these two exported with
+`--export-episodes 50`). To make policies again (hours, one core per robot):
 
     python local_datasets/train_behavior.py --robot hopper
     python local_datasets/train_behavior.py --robot hopper --export
