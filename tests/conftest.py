@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -17,3 +18,9 @@ def folders(tmp_path, monkeypatch):
     (tmp_path / "d4rl").mkdir()
     (tmp_path / "minari").mkdir()
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """No test depends on another's random numbers, or on luck."""
+    torch.manual_seed(0)
