@@ -3,7 +3,7 @@
 1. A diffusion model learns windows of future states and rewards, given a real state, a real action and the
    return-to-go (section 3).
 2. An inverse dynamics model learns which action leads from one state to the next (section 4).
-3. From every real pair (state, action), with a high return-to-go asked for, the first imagines the next H+1 states and
+3. From every real pair (state, action), asked for a return-to-go, the first imagines the next H+1 states and
    rewards and the second fills in the H missing actions: H+1 complete transitions per pair (section 5).
 4. TD3+BC, unmodified, learns from these transitions alone (section 6).
 5. The actor runs in the simulator; neither model is needed any more (section 7).
@@ -744,7 +744,7 @@ def real_transitions(dataset: OfflineDataset, device: torch.device) -> torch.Ten
 
 
 class Synthesizer:
-    """Turns real pairs into complete synthetic transitions [DAWM Alg. 2 l. 4-7]."""
+    """Turns real pairs into complete synthetic transitions [DAWM Alg. 2]."""
 
     def __init__(self, args: Args, robot: str, windows: Windows, world_model, inverse_dynamics):
         self.args, self.robot, self.windows = args, robot, windows
@@ -872,7 +872,7 @@ class TD3BC:
     def td_target(self, reward, next_obs, terminated) -> torch.Tensor:
         """r + gamma (1 - terminated) min Q'(s', a'), a' = target policy plus clipped noise [TD3BC], all [B].
 
-        [deviation] [DAWM Alg. 2 l. 9] prints neither the noise (--policy-noise 0) nor the factor (--termination none).
+        [deviation] [DAWM Alg. 2] prints neither the noise (--policy-noise 0) nor the factor (--termination none).
         """
         args, next_action = self.args, self.actor_target(next_obs)
         noise = (torch.randn_like(next_action) * args.policy_noise).clamp(-args.noise_clip, args.noise_clip)
