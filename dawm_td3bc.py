@@ -47,6 +47,7 @@ from common import UserError
 from common.data import OfflineDataset, load_dataset
 from common.evaluation import Evaluator, normalized_score, score_report
 from common.run import Run, check_range, run_script
+from common.stages import Kept
 
 
 @dataclass
@@ -74,16 +75,22 @@ class Args:
     """project for --track"""
     log_every: int = 500
     """gradient updates between two logged metrics"""
+    stage_dir: Path = Path("runs/stages")
+    """world models, inverse dynamics and synthetic sets are kept here, for every run that would make the same"""
+    fresh: bool = False
+    """make every stage anew, whatever is kept"""
 
     # ---- Data: windows and return-to-go
     horizon: int = 7
     """H: a rollout has H+1 transitions, so H+2 states, the first one real [DAWM Sec. 4]"""
+    model_horizon: int = 7
+    """H of the world model's windows, of H+2 tokens [unspecified]; rollouts may take fewer of their steps [DWM]"""
     gamma: float = 0.99
     """discount of return-to-go and agent [DAWM Tab. 7]"""
     return_to_go: Literal["episode", "window"] = "episode"
-    """sum rewards to the episode's end, or over the H+1 of the window as printed; [deviation] see RETURN-TO-GO below"""
+    """sum rewards to the episode's end, or over the window's H+1 as printed; [deviation] see RETURN-TO-GO below"""
     window_padding: Literal["absorbing", "none"] = "absorbing"
-    """continue a fallen episode with its last state and reward 0, or use only windows that fit [unspecified]"""
+    """go on after a fall with its last state and a reward that tells, or use only windows that fit [unspecified]"""
     normalizer: Literal["limits", "gaussian", "cdf"] = "limits"
     """units of the diffusion; [deviation] DWM takes the empirical CDF (cdf), whose first step errs more (README)"""
 
@@ -149,9 +156,9 @@ class Args:
     conditioning_subsample: int = 1
     """use one of so many real pairs, drawn at random; 8 is DAWM-T [DAWM Tab. 5]"""
     termination: Literal["rule", "none"] = "rule"
-    """end a rollout where the robot has fallen by the simulator's rule; none as printed [deviation]"""
+    """end a rollout by the simulator's rule on its states or the model's own sign; none as printed [deviation]"""
     synthetic_fraction: float = 1.0
-    """share of synthetic transitions in a batch [DAWM Tab. 4]; 0 is TD3+BC on the real data, without any model"""
+    """share of synthetic transitions in a batch [DAWM Tab. 4]; 0 is the agent on the real data, without any model"""
 
     # ---- Agent
     agent_updates: int = 1_000_000
@@ -181,10 +188,11 @@ class Args:
 
 
 # --laptop: the same method with a smaller U-Net and fewer updates, [deviation] throughout; not the paper's scale.
-# Two of the changes are of kind, with their evidence in the README: x0 in units of standard deviations, since few
-# updates of noise prediction leave coarse rollouts; and each pair's own return as the target, since a constant one out
-# of reach asks of states about to fall that they recover.
+# Three of the changes are of kind, with their evidence in the README: x0 in units of standard deviations, since few
+# updates of noise prediction leave coarse rollouts; each pair's own return as the target, since a constant one out of
+# reach asks of states about to fall that they recover; and the horizon with the best Hopper score in [DAWM Tab. 6].
 LAPTOP = dict(
+    horizon=1,
     threads=1,  # a second one gains 15% at these sizes, and loses tenfold when another process wants the core
     prediction="x0",
     normalizer="gaussian",
@@ -219,9 +227,9 @@ TASKS = {
 
 def check_args(args: Args) -> None:
     """UserError for values with which no run makes sense, before anything is loaded."""
-    counts = "horizon diffusion_steps sampling_steps world_model_steps world_model_batch_size idm_steps idm_batch_size "
-    counts += "idm_width synthesis_batch_size conditioning_subsample agent_updates agent_batch_size policy_delay "
-    check_range(args, 1, math.inf, counts + "eval_every eval_episodes log_every ema_every")
+    counts = "horizon model_horizon diffusion_steps sampling_steps world_model_steps world_model_batch_size idm_steps "
+    counts += "idm_batch_size idm_width synthesis_batch_size conditioning_subsample agent_updates agent_batch_size "
+    check_range(args, 1, math.inf, counts + "policy_delay eval_every eval_episodes log_every ema_every")
     check_range(args, 0, 1, "cond_drop_prob ema_decay idm_dropout gamma tau synthetic_fraction")
     check_range(args, 0, 0.9, "world_model_holdout")
     check_range(args, 0.001, 0.9, "idm_holdout")
@@ -229,6 +237,8 @@ def check_args(args: Args) -> None:
     check_range(args, 0, 100, "sampling_temperature guidance_scale policy_noise noise_clip bc_alpha")
     check_range(args, 1e-8, 1, "world_model_lr idm_lr agent_lr")
     check_range(args, -100, 100, "target_return")
+    if args.horizon > args.model_horizon:
+        raise UserError(f"--horizon {args.horizon} is above --model-horizon {args.model_horizon}; raise that too")
     if args.sampling_steps > args.diffusion_steps:
         raise UserError(f"--sampling-steps {args.sampling_steps} is above --diffusion-steps {args.diffusion_steps}")
     if args.synthesis == "online" and (args.conditioning_subsample > 1 or 0 < args.synthetic_fraction < 1):
@@ -258,23 +268,28 @@ def discounted_return_to_go(reward: np.ndarray, lengths: np.ndarray, gamma: floa
     return return_to_go
 
 
-def task_constants(args: Args, largest_return_to_go: float) -> tuple[float, float | str]:
-    """Return scale and target return of this data set; --target-return wins."""
+def return_scale(args: Args, largest_return_to_go: float) -> float:
+    """The divisor of this data set's return-to-go."""
     if not largest_return_to_go > 0:
         raise UserError(
             f"the largest return-to-go of {args.env_id} is {largest_return_to_go:.3g}, no scale for it; "
             "shift its rewards above 0"
         )
-    scale, target = TASKS.get(args.env_id, (largest_return_to_go / 0.6, 0.7))
-    return float(scale), target if args.target_return is None else args.target_return
+    return float(TASKS[args.env_id][0] if args.env_id in TASKS else largest_return_to_go / 0.6)
+
+
+def target_return(args: Args) -> float | str:
+    """g_eval, in return scales, or "own"."""
+    return TASKS.get(args.env_id, (None, 0.7))[1] if args.target_return is None else args.target_return
 
 
 class Windows:
     """All windows of H+2 states and H+1 rewards, one for each real pair (state, action); gathered when asked for.
 
-    Token i of a window holds the state at step i and the reward at step i; the last token's reward slot is 0.
-    No window crosses an episode's end. A fallen episode goes on with its last state and reward 0 (the simulator would
+    H is model_horizon. Token i of a window holds the state at step i and the reward at step i; the last token's reward
+    slot is 0. No window crosses an episode's end. A fallen episode goes on with its last state (the simulator would
     stop there): else no window would start within H steps of a fall, and the model could not learn what happens next.
+    Its reward lies below all real ones by a quarter of their range, so that generated ends can be told (`is_over`).
     UserError if no episode is long enough.
     """
 
@@ -283,23 +298,27 @@ class Windows:
         last = np.cumsum(dataset.lengths) - 1  # last row of each episode
         # One token per state: an episode of T transitions has T+1 of them, so its rows shift by its number.
         obs = np.insert(dataset.obs, last + 1, dataset.next_obs[last], axis=0)
-        reward = np.insert(dataset.reward, last + 1, 0)
+        low, high = float(dataset.reward.min()), float(dataset.reward.max())
+        self.end_reward, self.end_margin = low - (high - low) / 4, low - (high - low) / 8
+        reward = np.insert(dataset.reward, last + 1, self.end_reward)
         start, final = np.arange(len(episode)) + episode, (last + 1 + np.arange(len(last)))[episode]
-        fits = start + args.horizon + 1 <= final
+        fits = start + args.model_horizon + 1 <= final
         if not fits.any():
             raise UserError(
-                f"--horizon {args.horizon} needs {args.horizon + 1} transitions in a row, but the longest episode has "
-                f"{dataset.lengths.max()}; lower --horizon"
+                f"--model-horizon {args.model_horizon} needs {args.model_horizon + 1} transitions in a row, but the "
+                f"longest episode has {dataset.lengths.max()}; lower it and the rollouts' horizon"
             )
         if len(last) < 2:
             raise UserError(f"{args.env_id} has one episode; held-out measurements need two or more")
         usable = fits | dataset.terminated[last][episode] if args.window_padding == "absorbing" else fits
         return_to_go = discounted_return_to_go(dataset.reward, dataset.lengths, args.gamma)
         if args.return_to_go == "window":
-            beyond = np.append(return_to_go, 0)[np.minimum(np.arange(len(episode)) + args.horizon + 1, len(episode))]
-            inside = np.arange(len(episode)) + args.horizon + 1 <= last[episode]
-            return_to_go = return_to_go - args.gamma ** (args.horizon + 1) * beyond * inside
-        self.return_scale, self.target_return = task_constants(args, return_to_go.max())
+            beyond = np.append(return_to_go, 0)[
+                np.minimum(np.arange(len(episode)) + args.model_horizon + 1, len(episode))
+            ]
+            inside = np.arange(len(episode)) + args.model_horizon + 1 <= last[episode]
+            return_to_go = return_to_go - args.gamma ** (args.model_horizon + 1) * beyond * inside
+        self.return_scale = return_scale(args, return_to_go.max())
 
         def tensor(array):
             return torch.as_tensor(array, device=device)
@@ -309,7 +328,7 @@ class Windows:
         self.action = tensor(dataset.action)
         self.return_to_go = tensor((return_to_go / self.return_scale).astype(np.float32))
         self.usable, self.fits, self.episode = tensor(usable), tensor(fits), tensor(episode)
-        self.offsets = torch.arange(args.horizon + 2, device=device)
+        self.offsets = torch.arange(args.model_horizon + 2, device=device)
 
     def held_out(self, share: float, seed: int) -> torch.Tensor:
         """Mask [N] of the windows in a random share of the episodes."""
@@ -317,6 +336,10 @@ class Windows:
         order = torch.randperm(episodes, generator=torch.Generator().manual_seed(seed))
         count = min(math.ceil(share * episodes), episodes - 1)  # something must be left to train on
         return torch.isin(self.episode, order[:count].to(self.episode.device))
+
+    def is_over(self, reward: torch.Tensor) -> torch.Tensor:
+        """Whether generated rewards say that the episode had ended before their step -> bool."""
+        return reward < self.end_margin
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         """Rows of obs and reward that make up the windows `index` [B] -> [B, H+2]."""
@@ -512,8 +535,6 @@ class WorldModel(nn.Module):
         self.register_buffer("high", torch.cat([self.obs_units.high, self.reward_units.high]))
         alpha_bar = cosine_alpha_bar(args.diffusion_steps)
         self.register_buffer("alpha_bar", alpha_bar.float())
-        steps = strided_steps(args.diffusion_steps, args.sampling_steps)
-        self.sampling_chain = list(zip(steps, posterior_coefficients(alpha_bar, steps), strict=True))
         self.denoiser = TemporalUNet(self.obs_dim + 1, action_dim, args.unet_width, args.unet_multipliers)
 
     def normalize(self, obs: torch.Tensor, reward: torch.Tensor) -> torch.Tensor:
@@ -545,45 +566,56 @@ class WorldModel(nn.Module):
         error = self.pin(error, torch.zeros_like(error))
         return error.square().sum() / (error.numel() - len(error) * (self.obs_dim + 1))
 
-    @torch.no_grad()
-    def sample(self, obs, action, return_to_go) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rollouts from obs [B, obs_dim], action [B, action_dim], return_to_go [B, 1] (in units of the return scale).
 
-        Returns obs [B, H+2, obs_dim], whose first is the given one to the bit, and reward [B, H+1], dataset units.
-        """
-        batch = len(obs)
-        known = torch.zeros(batch, self.args.horizon + 2, self.obs_dim + 1, device=obs.device)
-        known[:, 0, : self.obs_dim] = self.obs_units.normalize(obs)
-        # Both guidance branches, with and without return-to-go, go through the network as one batch.
-        action, return_to_go = torch.cat([action, action]), torch.cat([return_to_go, return_to_go])
-        keep = (torch.arange(2 * batch, device=obs.device) < batch).float()[:, None]
-        x = torch.randn_like(known)  # [DWM App.]; DD's code starts from half of it
-        for k, (weight_x0, weight_x_k, std) in reversed(self.sampling_chain):
-            self.pin(x, known)
-            k_batch = torch.full((2 * batch,), k, device=obs.device)
-            cond, uncond = self.denoiser(torch.cat([x, x]), k_batch, action, return_to_go, keep).chunk(2)
-            prediction = uncond + self.args.guidance_scale * (cond - uncond)  # [DD Eq. 8], its omega = 1 + [CFG]'s w
-            x0 = prediction
-            if self.args.prediction == "noise":
-                alpha_bar = self.alpha_bar[k]
-                # At k = K this multiplies the network's error by 103 (K=5): the clamp makes the first step usable.
-                x0 = (x - (1 - alpha_bar).sqrt() * prediction) / alpha_bar.sqrt()
-            x0 = self.pin(x0.clamp(self.low, self.high), known)
-            std = self.args.sampling_temperature * std  # scales std, not variance [DWM]; 0 at the last step
-            x = weight_x0 * x0 + weight_x_k * x + std * torch.randn_like(x)
-        rollout = torch.cat([obs[:, None], self.obs_units.denormalize(x[:, 1:, : self.obs_dim])], dim=1)
-        return rollout, self.reward_units.denormalize(x[:, :-1, -1:])[..., 0]
+@torch.no_grad()
+def sample_rollouts(
+    args: Args, world_model: WorldModel, obs, action, return_to_go
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rollouts from obs [B, obs_dim], action [B, action_dim], return_to_go [B, 1] (in units of the return scale).
+
+    Returns obs [B, H+2, obs_dim], whose first is the given one to the bit, and reward [B, H+1], dataset units (H:
+    model_horizon).
+    """
+    batch, obs_dim, low, high = len(obs), obs.shape[1], world_model.low, world_model.high
+    known = torch.zeros(batch, args.model_horizon + 2, obs_dim + 1, device=obs.device)
+    known[:, 0, :obs_dim] = world_model.obs_units.normalize(obs)
+    # Both guidance branches, with and without return-to-go, go through the network as one batch.
+    action, return_to_go = torch.cat([action, action]), torch.cat([return_to_go, return_to_go])
+    keep = (torch.arange(2 * batch, device=obs.device) < batch).float()[:, None]
+    alpha_bar = cosine_alpha_bar(args.diffusion_steps)
+    steps = strided_steps(args.diffusion_steps, args.sampling_steps)
+    x = torch.randn_like(known)  # [DWM App.]; DD's code starts from half of it
+    for k, (weight_x0, weight_x_k, std) in reversed(
+        [*zip(steps, posterior_coefficients(alpha_bar, steps), strict=True)]
+    ):
+        world_model.pin(x, known)
+        k_batch = torch.full((2 * batch,), k, device=obs.device)
+        cond, uncond = world_model.denoiser(torch.cat([x, x]), k_batch, action, return_to_go, keep).chunk(2)
+        prediction = uncond + args.guidance_scale * (cond - uncond)  # [DD Eq. 8], its omega = 1 + [CFG]'s w
+        x0 = prediction
+        if args.prediction == "noise":
+            # At k = K this multiplies the network's error by 103 (K=5): the clamp makes the first step usable.
+            x0 = (x - (1 - alpha_bar[k]).sqrt().item() * prediction) / alpha_bar[k].sqrt().item()
+        x0 = world_model.pin(x0.clamp(low, high), known)
+        std = args.sampling_temperature * std  # scales std, not variance [DWM]; 0 at the last step
+        x = weight_x0 * x0 + weight_x_k * x + std * torch.randn_like(x)
+    rollout = torch.cat([obs[:, None], world_model.obs_units.denormalize(x[:, 1:, :obs_dim])], dim=1)
+    return rollout, world_model.reward_units.denormalize(x[:, :-1, -1:])[..., 0]
 
 
 def train_world_model(args: Args, windows: Windows, run: Run) -> WorldModel:
     """Fit the denoiser by Eq. 2, or by its x0 form; the returned model carries the averaged weights [DWM App.]."""
+    kept = Kept(run, "world model", train_world_model)
     run.seed("world_model", args.world_model_seed)
     world_model = WorldModel(args, windows).to(run.device)
+    if kept.tensors is not None:
+        world_model.load_state_dict(kept.tensors)
+        return world_model
     ema_denoiser = copy.deepcopy(world_model.denoiser)
     parameters, ema_parameters = list(world_model.denoiser.parameters()), list(ema_denoiser.parameters())
     optimizer = torch.optim.Adam(parameters, lr=args.world_model_lr, fused=True)
     held_out = windows.held_out(args.world_model_holdout, args.world_model_seed)
-    train, measure = (windows.usable & ~held_out).nonzero()[:, 0], (windows.fits & held_out).nonzero()[:, 0]
+    train = (windows.usable & ~held_out).nonzero()[:, 0]
     if not len(train):
         raise UserError(f"--world-model-holdout {args.world_model_holdout} keeps every long episode away; lower it")
     normalized = world_model.normalize(windows.obs, windows.reward)  # once, not for every batch
@@ -605,25 +637,32 @@ def train_world_model(args: Args, windows: Windows, run: Run) -> WorldModel:
                 run.log(step, {"world_model/loss": loss})
             bar.update()
     world_model.denoiser = ema_denoiser if args.world_model_steps >= args.ema_every else world_model.denoiser
-    save_file(world_model.state_dict(), run.folder / "world_model.safetensors")
-    if len(measure):
-        run.log(args.world_model_steps, rollout_errors(world_model, windows, measure))
+    kept.keep(world_model.state_dict())
     return world_model
 
 
-def rollout_errors(world_model: WorldModel, windows: Windows, index: torch.Tensor) -> dict:
-    """Root mean squared error of rollouts against held-out windows, per step, in standard deviations of the data.
+def measure_world_model(args: Args, world_model: WorldModel, windows: Windows, run: Run) -> None:
+    """Log the root mean squared error of rollouts on held-out windows, per step, in standard deviations of the data.
 
     Each rollout is asked for its window's own return-to-go. Only step 1 measures the model alone: what follows depends
     on the behaviour policy's noise too, which nothing can predict.
     """
+    held_out = windows.held_out(args.world_model_holdout, args.world_model_seed)
+    index = (windows.fits & held_out).nonzero()[:, 0]
+    if not len(index):
+        return
+    run.seed("measure", args.world_model_seed)
     index = index[torch.linspace(0, len(index) - 1, 2048, device=index.device).long()]
     obs, reward = windows.obs[windows.rows(index)], windows.reward[windows.rows(index)]
-    made_obs, made_reward = world_model.sample(obs[:, 0], windows.action[index], windows.return_to_go[index, None])
+    target = windows.return_to_go[index, None]
+    made_obs, made_reward = sample_rollouts(args, world_model, obs[:, 0], windows.action[index], target)
     obs_error = ((made_obs - obs) / (windows.obs.std(0) + 1e-6)).square().mean((0, 2)).sqrt()[1:]
-    reward_error = ((made_reward - reward[:, :-1]) / (windows.reward.std() + 1e-6)).square().mean(0).sqrt()
+    reward_error = (
+        ((made_reward - reward[:, :-1]) / (windows.reward[windows.start].std() + 1e-6)).square().mean(0).sqrt()
+    )
     names = [f"world_model/val_{what}_error_step{i + 1}" for what in ("obs", "reward") for i in range(len(obs_error))]
-    return dict(zip(names, torch.cat([obs_error, reward_error]).tolist(), strict=True))
+    errors = torch.cat([obs_error, reward_error]).tolist()
+    run.log(args.world_model_steps, dict(zip(names, errors, strict=True)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -643,7 +682,7 @@ class InverseDynamics(nn.Module):
         self.register_buffer("obs_mean", obs.mean(0).repeat(3))
         self.register_buffer("obs_std", obs.std(0).repeat(3) + 1e-6)
 
-        def mlp():  # two hidden layers, mean and spread apart [DAWM App.]
+        def network():  # two hidden layers, mean and spread apart [DAWM App.]
             layers = [nn.Linear(3 * obs_dim, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
             layers += [nn.Dropout(args.idm_dropout), nn.Linear(width, action_dim)]
             for layer in layers:
@@ -652,7 +691,7 @@ class InverseDynamics(nn.Module):
                     nn.init.zeros_(layer.bias)
             return nn.Sequential(*layers)
 
-        self.mean, self.log_std = mlp(), mlp()
+        self.mean, self.log_std = network(), network()
 
     def forward(self, triples: torch.Tensor) -> torch.Tensor:
         """The action at the Gaussian's mean, in (-1, 1): what synthesis uses [SSORL code]."""
@@ -674,8 +713,12 @@ def tanh_normal_log_prob(action: torch.Tensor, mean: torch.Tensor, log_std: torc
 
 def train_inverse_dynamics(args: Args, windows: Windows, run: Run) -> InverseDynamics:
     """Maximum likelihood on real triples; returns the weights that were best on held-out episodes."""
+    kept = Kept(run, "inverse dynamics", train_inverse_dynamics)
     run.seed("idm", args.idm_seed)
     inverse_dynamics = InverseDynamics(args, windows.obs, windows.action.shape[1]).to(run.device)
+    if kept.tensors is not None:
+        inverse_dynamics.load_state_dict(kept.tensors)
+        return inverse_dynamics.eval()
     optimizer = torch.optim.Adam(inverse_dynamics.parameters(), lr=args.idm_lr, fused=True)
     # The middle of a triple is a real pair's state with a predecessor in its episode.
     has_past = torch.zeros_like(windows.usable)
@@ -713,7 +756,7 @@ def train_inverse_dynamics(args: Args, windows: Windows, run: Run) -> InverseDyn
             bar.update()
     inverse_dynamics.load_state_dict(best_weights)
     run.log(args.idm_steps, {"idm/best_val_loss": best_loss, "idm/best_val_mse": best_error})
-    save_file(best_weights, run.folder / "inverse_dynamics.safetensors")
+    kept.keep(best_weights)
     return inverse_dynamics.eval()
 
 
@@ -752,19 +795,27 @@ class Synthesizer:
 
     def __call__(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rollouts from the real pairs `index` [B]: rows [B, H+1, row_dim], and valid [B, H+1], false after a fall."""
-        windows = self.windows
-        if windows.target_return == "own":
+        args, windows = self.args, self.windows
+        target = target_return(args)
+        if target == "own":
             target = windows.return_to_go[index, None]
         else:  # [DAWM Alg. 2]: one g_eval for every pair
-            target = torch.full((len(index), 1), windows.target_return, device=index.device)
+            target = torch.full((len(index), 1), target, device=index.device)
         obs, action = windows.obs[windows.start[index]], windows.action[index]
-        obs, reward = self.world_model.sample(obs, action, target)
+        obs, reward = sample_rollouts(args, self.world_model, obs, action, target)
+        obs, reward = obs[:, : args.horizon + 2], reward[:, : args.horizon + 1]
         # Triples for steps 1..H; the context of the first is the real state [DAWM Sec. 4].
         triples = torch.cat([obs[:, :-2], obs[:, 1:-1], obs[:, 2:]], dim=-1)
         with torch.no_grad():
             action = torch.cat([action[:, None], self.inverse_dynamics(triples)], dim=1)
-        # [deviation] The boxes have no (1 - terminated); without it no critic learns that a fall ends the rewards.
-        terminated = has_fallen(self.robot if self.args.termination == "rule" else "", obs[:, 1:])
+        # [deviation] The boxes have no (1 - terminated); without it no critic learns that a fall ends the rewards. The
+        # simulator's rule alone misses half of the falls, which end just inside its limits, and values then grow
+        # without bound on the frozen states that follow (README).
+        over = windows.is_over(reward)
+        reward = reward.masked_fill(over, 0)
+        terminated = has_fallen(self.robot, obs[:, 1:])
+        terminated[:, :-1] |= over[:, 1:]
+        terminated &= args.termination == "rule"
         ended_before = torch.cumsum(terminated, 1) - terminated.int() > 0
         rows = [obs[:, :-1], action, reward[..., None], obs[:, 1:], terminated[..., None]]
         return torch.cat(rows, dim=-1), ~ended_before
@@ -772,6 +823,9 @@ class Synthesizer:
 
 def synthesize(args: Args, synthesizer: Synthesizer, run: Run) -> torch.Tensor:
     """One rollout for every real pair, or one of conditioning_subsample of them -> rows [M, row_dim]."""
+    kept = Kept(run, "synthesis", synthesize, after=("world model", "inverse dynamics"))
+    if kept.tensors is not None:
+        return kept.tensors["transitions"]
     run.seed("synthesis", args.synthesis_seed)
     pairs = len(synthesizer.windows.start)
     chosen = torch.randperm(pairs, device=run.device)[: max(1, pairs // args.conditioning_subsample)]
@@ -794,6 +848,7 @@ def synthesize(args: Args, synthesizer: Synthesizer, run: Run) -> torch.Tensor:
             "synthesis/fall_fraction": falls / len(chosen),
         },
     )
+    kept.keep({"transitions": transitions})
     return transitions
 
 
@@ -872,7 +927,7 @@ class TD3BC:
     def td_target(self, reward, next_obs, terminated) -> torch.Tensor:
         """r + gamma (1 - terminated) min Q'(s', a'), a' = target policy plus clipped noise [TD3BC], all [B].
 
-        [deviation] [DAWM Alg. 2] prints neither the noise (--policy-noise 0) nor the factor (--termination none).
+        [deviation] [DAWM Alg. 2] prints neither the noise (--policy-noise 0) nor the factor (1 - terminated).
         """
         args, next_action = self.args, self.actor_target(next_obs)
         noise = (torch.randn_like(next_action) * args.policy_noise).clamp(-args.noise_clip, args.noise_clip)
@@ -934,7 +989,7 @@ def train_agent(args: Args, dataset: OfflineDataset, synthetic, synthesizer, eva
     return agent.actor, returns
 
 
-def evaluate(actor: Actor, evaluator: Evaluator, dataset: OfflineDataset, update: int, run: Run) -> float:
+def evaluate(actor: nn.Module, evaluator: Evaluator, dataset: OfflineDataset, update: int, run: Run) -> float:
     """Mean return of whole episodes of the deterministic actor [TD3BC]; logs it, and the score where one is defined."""
 
     @torch.no_grad()
@@ -967,16 +1022,18 @@ def main(args: Args) -> float:
     evaluator = Evaluator(
         dataset.simulator, args.physics, args.eval_episodes, dataset.simulator_kwargs, dataset.obs.shape[1]
     )
-    windows = Windows(args, dataset, run.device)
-    run.describe(dataset.facts(), return_scale=windows.return_scale, target_return=windows.target_return)
     synthetic = synthesizer = None
     if args.synthetic_fraction > 0:
+        windows = Windows(args, dataset, run.device)
+        run.describe(dataset.facts(), return_scale=windows.return_scale, target_return=target_return(args))
         world_model = train_world_model(args, windows, run)
+        measure_world_model(args, world_model, windows, run)
         inverse_dynamics = train_inverse_dynamics(args, windows, run)
         synthesizer = Synthesizer(args, dataset.robot, windows, world_model, inverse_dynamics)
         synthetic = synthesize(args, synthesizer, run) if args.synthesis == "dataset" else None
     else:
-        run.say("control", "--synthetic-fraction 0: no world model, no inverse dynamics, TD3+BC on the real data")
+        run.describe(dataset.facts())
+        run.say("control", "--synthetic-fraction 0: no world model, no inverse dynamics, the agent on the real data")
     _, returns = train_agent(args, dataset, synthetic, synthesizer, evaluator, run)
     run.finish(score_report(dataset.robot, dataset.returns, returns, evaluator))
     return returns[-1]

@@ -120,6 +120,14 @@ class OfflineDataset:
         returns = np.add.reduceat(self.reward.astype(np.float64), starts)
         return returns[self.complete] if self.complete.any() else returns
 
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of what was loaded, whatever file it came from and however that was read."""
+        digest = hashlib.sha256(self.simulator.encode())
+        for name in self.ARRAYS:
+            digest.update(np.ascontiguousarray(getattr(self, name)).data)
+        return digest.hexdigest()
+
     def facts(self) -> dict:
         """What was really loaded, for the console and args.json."""
         return {
@@ -127,6 +135,7 @@ class OfflineDataset:
             "source": self.source,
             "path": self.path,
             "sha256": self.sha256,
+            "fingerprint": self.fingerprint,
             "note": self.note,
             "episodes": len(self.lengths),
             "complete_episodes": int(self.complete.sum()),

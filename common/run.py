@@ -94,6 +94,9 @@ class Run:
         self.stages: dict[str, tuple[float, str]] = {}  # seconds and rate
         self.elsewhere = 0.0  # seconds of the current stage that `timed` has taken out
         self.history: dict[str, list[tuple[int, float]]] = {}
+        self.records: list[tuple[int, dict[str, float]]] = []  # the lines of metrics.jsonl
+        self.fingerprint = ""  # of the data
+        self.kept: dict[str, str] = {}  # stage -> name of its folder in --stage-dir
         self.device = select_device(args.device)
         if args.threads:
             torch.set_num_threads(args.threads)
@@ -138,6 +141,7 @@ class Run:
                 "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
             },
         }
+        self.fingerprint = data["fingerprint"]
         self.open()
         (self.folder / "args.json").write_text(json.dumps(content, indent=2) + "\n")
         self.say("data", f"{data['env_id']}: {data['source']} {data['path']}")
@@ -150,9 +154,9 @@ class Run:
             f"mean return {data['mean_return']:.1f}, std {data['std_return']:.1f}",
         )
         self.say("simulator", f"{data['simulator']}, physics {self.args.physics}")
-        self.say(
-            "constants", ", ".join(f"{k} {v if isinstance(v, str) else format(v, '.4g')}" for k, v in constants.items())
-        )
+        if constants:
+            words = (f"{k} {v if isinstance(v, str) else format(v, '.4g')}" for k, v in constants.items())
+            self.say("constants", ", ".join(words))
         self.say("run", f"{self.folder} on {content['hardware']['device']}")
 
     def seed(self, stage: str, seed: int) -> None:
@@ -187,18 +191,24 @@ class Run:
 
         UserError for NaN or infinity in anything but a time: training on would only waste hours.
         """
-        values = {name: float(torch.as_tensor(value).detach()) for name, value in values.items()}
+        values = {name: value.item() if torch.is_tensor(value) else float(value) for name, value in values.items()}
         for name, value in values.items():
             if not np.isfinite(value):
                 raise UserError(f"{name} became {value} by update {step}; lower that stage's learning rate or guidance")
             self.history.setdefault(name, []).append((step, value))
             self.tensorboard.add_scalar(name, value, step)
+        self.records.append((step, values))
         self.metrics_file.write(json.dumps({"step": step, **values}) + "\n")
         if self.wandb:
             self.wandb.log({**values, "step": step})
 
+    def reused(self, stage: str, text: str) -> None:
+        """Tell, now and in the closing table, that a stage's result was found and not made."""
+        self.say(stage, text)
+        self.stages[stage] = (0.0, text)
+
     def say(self, title: str, text: str) -> None:
-        tqdm.write(f"{title:<12} {text}")
+        tqdm.write(f"{title:<16} {text}")
 
     def finish(self, results: dict[str, str]) -> None:
         """Print the closing table, with `results` as its last rows, and write it and curves.png to the folder."""
@@ -210,6 +220,8 @@ class Run:
         width = max(len(name) for name, _ in rows)
         table = "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
         print(f"\n{'-' * 72}\n{table}\n{'-' * 72}")
+        kept = {stage: str(Path(self.args.stage_dir) / name) for stage, name in self.kept.items()}
+        (self.folder / "stages.json").write_text(json.dumps(kept, indent=2) + "\n")
         (self.folder / "summary.txt").write_text(table + "\n")
         self._plot()
         self.tensorboard.close()

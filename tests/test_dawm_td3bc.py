@@ -6,42 +6,20 @@ import os
 import subprocess
 import sys
 from copy import deepcopy
+from dataclasses import replace
 from types import SimpleNamespace
 
-import h5py
 import numpy as np
 import pytest
 import torch
+from toy import ROOT, TINY, TOY, folders_below, hopper_file, linear_dataset
+from toy import command as run_command
 
 import dawm_td3bc as script
 from common import UserError
-from common.data import OfflineDataset
 from common.evaluation import make_env
 from common.run import Run
 from dawm_td3bc import Args
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-TINY = dict(env_id="linear", unet_width=16, unet_multipliers=(1, 2), device="cpu")
-
-
-def linear_dataset(episodes=40, length=30, terminated=False, seed=0) -> OfflineDataset:
-    """s' = 0.9 s + 0.3 a in two dimensions, reward = s_0, actions uniform: the inverse is a = (s' - 0.9 s) / 0.3."""
-    rng = np.random.default_rng(seed)
-    obs = np.zeros((episodes, length + 1, 2))
-    obs[:, 0] = rng.uniform(-1, 1, (episodes, 2))
-    action = rng.uniform(-0.95, 0.95, (episodes, length, 2))
-    for step in range(length):
-        obs[:, step + 1] = 0.9 * obs[:, step] + 0.3 * action[:, step]
-    ends = np.zeros((episodes, length), bool)
-    ends[:, -1] = terminated
-
-    def flat(array):
-        return array.reshape(episodes * length, *array.shape[2:]).astype(np.float32)
-
-    return OfflineDataset(
-        "linear", "test", "", "", "Linear-v0", {}, "stock", "", flat(obs[:, :-1]), flat(action), flat(obs[:, :-1, 0]),
-        flat(obs[:, 1:]), ends.reshape(-1), np.full(episodes, length), np.ones(episodes, bool),
-    )  # fmt: skip
 
 
 def make_windows(dataset, **changes):
@@ -67,7 +45,9 @@ def test_return_to_go_by_hand():
 def test_windows_against_a_plain_loop(return_to_go, padding, terminated):
     horizon, gamma = 3, 0.9
     dataset = linear_dataset(episodes=3, length=6, terminated=terminated)
-    windows = make_windows(dataset, horizon=horizon, gamma=gamma, return_to_go=return_to_go, window_padding=padding)
+    windows = make_windows(
+        dataset, model_horizon=horizon, gamma=gamma, return_to_go=return_to_go, window_padding=padding
+    )
     rows = windows.rows(torch.arange(18))
     for start in range(18):
         end = start - start % 6 + 5  # last transition of the episode
@@ -75,7 +55,7 @@ def test_windows_against_a_plain_loop(return_to_go, padding, terminated):
         for step in range(horizon + 2):
             row = start + step
             states.append(dataset.obs[row] if row <= end else dataset.next_obs[end])
-            rewards.append(dataset.reward[row] if row <= end else 0.0)
+            rewards.append(dataset.reward[row] if row <= end else windows.end_reward)
         for row in range(start, end + 1):
             if return_to_go == "episode" or row <= start + horizon:
                 label += gamma ** (row - start) * dataset.reward[row]
@@ -83,23 +63,27 @@ def test_windows_against_a_plain_loop(return_to_go, padding, terminated):
         assert windows.fits[start] == fits
         assert windows.usable[start] == (fits or (padding == "absorbing" and terminated))
         np.testing.assert_array_equal(windows.obs[rows[start]].numpy(), np.array(states))
-        np.testing.assert_allclose(windows.reward[rows[start]].numpy(), rewards)
+        np.testing.assert_allclose(windows.reward[rows[start]].numpy(), rewards, rtol=1e-6)
+        assert windows.is_over(windows.reward[rows[start]]).tolist() == [start + s > end for s in range(horizon + 2)]
         assert float(windows.return_to_go[start] * windows.return_scale) == pytest.approx(label, rel=1e-4, abs=1e-5)
 
 
 def test_no_episode_as_long_as_the_horizon():
-    with pytest.raises(
-        UserError, match="--horizon 7 needs 8 transitions in a row, but the longest episode has 5; lower"
-    ):
+    expected = (
+        "--model-horizon 7 needs 8 transitions in a row, but the longest episode has 5; lower it and the rollouts'"
+    )
+    with pytest.raises(UserError, match=expected):
         make_windows(linear_dataset(length=5))
 
 
 def test_unknown_task_gets_the_stated_rule():
     """The largest return-to-go becomes 0.6, the target 0.7; known tasks have the paper's divisor; a flag wins."""
     windows = make_windows(linear_dataset())
-    assert float(windows.return_to_go.max()) == pytest.approx(0.6) and windows.target_return == 0.7
-    assert script.task_constants(Args(env_id="walker2d-medium-v2"), 1.0) == (550, 0.7)
-    assert script.task_constants(Args(env_id="walker2d-medium-v2", target_return=0.3), 1.0) == (550, 0.3)
+    assert float(windows.return_to_go.max()) == pytest.approx(0.6) and script.target_return(Args(**TINY)) == 0.7
+    expert = "walker2d-medium-expert-v2"
+    assert script.return_scale(Args(env_id=expert), 1.0) == 550 and script.target_return(Args(env_id=expert)) == 0.9
+    for flag in (0.3, 0.0, "own"):
+        assert script.target_return(Args(env_id=expert, target_return=flag)) == flag
 
 
 @pytest.mark.parametrize("kind", ["limits", "gaussian", "cdf"])
@@ -237,7 +221,8 @@ def test_sampler_with_an_oracle_returns_its_window(prediction, sampling_steps, t
     x0 = world_model.normalize(windows.obs[rows], windows.reward[rows])
     x0[:, -1, -1] = 0
     world_model.denoiser = Oracle(world_model, x0)
-    obs, reward = world_model.sample(windows.obs[rows][:, 0], torch.zeros(1, 2), torch.zeros(1, 1))
+    first, action, target = windows.obs[rows][:, 0], torch.zeros(1, 2), torch.zeros(1, 1)
+    obs, reward = script.sample_rollouts(world_model.args, world_model, first, action, target)
     torch.testing.assert_close(obs, windows.obs[rows], atol=2e-3, rtol=0)
     torch.testing.assert_close(reward, windows.reward[rows][:, :-1], atol=2e-3, rtol=0)
 
@@ -248,7 +233,7 @@ def test_first_state_is_the_given_one_to_the_bit_and_pinned_in_every_network_cal
     inner = world_model.denoiser
     inner.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].clone()))
     obs = windows.obs[:50] + 0.0123
-    generated, _ = world_model.sample(obs, windows.action[:50], torch.ones(50, 1))
+    generated, _ = script.sample_rollouts(Args(**TINY), world_model, obs, windows.action[:50], torch.ones(50, 1))
     assert torch.equal(generated[:, 0], obs)
     known = world_model.obs_units.normalize(obs)
     assert len(seen) == 3
@@ -276,9 +261,9 @@ def test_guidance():
     world_model = make_world_model(windows, diffusion_steps=1, sampling_steps=1, sampling_temperature=0.0)
     denoiser, obs, action = world_model.denoiser, windows.obs[:5], windows.action[:5]
     for scale in (0.0, 1.0, 1.7):
-        world_model.args.guidance_scale = scale
+        args = replace(world_model.args, guidance_scale=scale)
         torch.manual_seed(3)
-        sampled, _ = world_model.sample(obs, action, torch.ones(5, 1))
+        sampled, _ = script.sample_rollouts(args, world_model, obs, action, torch.ones(5, 1))
         torch.manual_seed(3)
         x = world_model.pin(torch.randn(5, 9, 3), world_model.normalize(obs[:, None], torch.zeros(5, 1)))
         call = x, torch.ones(5, dtype=torch.long), action, torch.ones(5, 1)
@@ -342,11 +327,16 @@ def test_fall_rule_boundaries():
 
 
 @pytest.mark.parametrize("target", [0.4, "own"])
-def test_target_return_is_one_for_all_or_each_pairs_own(target):
-    windows, asked = make_windows(linear_dataset(), target_return=target), []
-    world_model = make_world_model(windows)
-    world_model.sample = lambda obs, action, rtg: (asked.append(rtg), torch.zeros(5, 9, 2), torch.zeros(5, 8))[1:]
-    script.Synthesizer(Args(**TINY), "", windows, world_model, lambda x: x[..., :2])(torch.arange(5))
+def test_target_return_is_one_for_all_or_each_pairs_own(monkeypatch, target):
+    windows, asked = make_windows(linear_dataset()), []
+
+    def sample_rollouts(args, world_model, obs, action, return_to_go):
+        asked.append(return_to_go)
+        return torch.zeros(5, 9, 2), torch.zeros(5, 8)
+
+    monkeypatch.setattr(script, "sample_rollouts", sample_rollouts)
+    args = Args(**TINY, target_return=target)
+    script.Synthesizer(args, "", windows, None, lambda x: x[..., :2])(torch.arange(5))
     expected = windows.return_to_go[:5, None] if target == "own" else torch.full((5, 1), 0.4)
     assert torch.equal(asked[0], expected)
 
@@ -360,7 +350,9 @@ def test_synthesis_assembles_complete_transitions():
         calls.append(triples.shape)
         return (triples[..., 4:6] - 0.9 * triples[..., 2:4]) / 0.3
 
-    rows, valid = script.Synthesizer(Args(**TINY), "", windows, world_model, inverse_dynamics)(torch.arange(20))
+    rows, valid = script.Synthesizer(Args(**TINY, termination="none"), "", windows, world_model, inverse_dynamics)(
+        torch.arange(20)
+    )
     obs, action, reward, next_obs, terminated = rows.split([2, 2, 1, 2, 1], dim=-1)
     assert rows.shape == (20, 8, 8) and calls == [(20, 7, 6)] and valid.all() and not terminated.any()
     assert torch.equal(obs[:, 0], windows.obs[windows.start[:20]]) and torch.equal(action[:, 0], windows.action[:20])
@@ -369,20 +361,45 @@ def test_synthesis_assembles_complete_transitions():
     assert reward.abs().max() <= windows.reward.abs().max() + 1e-5
 
 
-@pytest.mark.parametrize("termination", ["rule", "none"])
-def test_transitions_after_a_fall_are_dropped(termination):
+def test_a_smaller_horizon_takes_the_first_steps_of_the_same_rollouts():
+    """One world model of horizon 7: under the same noise, horizon 3 keeps the first 4 of its 8 transitions."""
     windows = make_windows(linear_dataset())
     world_model = make_world_model(windows)
+    rows, valid = {}, {}
+    for horizon in (7, 3):
+        args = Args(**TINY, horizon=horizon, model_horizon=7, termination="none")
+        synthesizer = script.Synthesizer(args, "", windows, world_model, lambda x: x[..., 2:4] - x[..., 4:6])
+        torch.manual_seed(3)
+        rows[horizon], valid[horizon] = synthesizer(torch.arange(20))
+    assert rows[7].shape == (20, 8, 8) and rows[3].shape == (20, 4, 8) and valid[3].shape == (20, 4)
+    assert torch.equal(rows[3], rows[7][:, :4]) and rows[3].std(1)[:, :5].min() > 0  # no two steps are the same
+
+
+@pytest.mark.parametrize("termination", ["rule", "none"])
+def test_transitions_after_a_fall_are_dropped(monkeypatch, termination):
+    windows = make_windows(linear_dataset())
     heights = torch.ones(1, 9, 11) * 0.01
     heights[0, :, 0] = torch.tensor([1.2, 1.1, 1.0, 0.6, 1.2, 1.2, 1.2, 1.2, 1.2])  # down at state 3
-    world_model.sample = lambda *_: (heights, torch.zeros(1, 8))
-    synthesizer = script.Synthesizer(
-        Args(**TINY, termination=termination), "hopper", windows, world_model, lambda x: torch.zeros(1, 7, 2)
-    )
+    monkeypatch.setattr(script, "sample_rollouts", lambda *_: (heights, torch.zeros(1, 8)))
+    args = Args(**TINY, termination=termination)
+    synthesizer = script.Synthesizer(args, "hopper", windows, None, lambda x: torch.zeros(1, 7, 2))
     rows, valid = synthesizer(torch.tensor([0]))
     fall = termination == "rule"
     assert rows[0, :, -1].tolist() == [0, 0, float(fall), 0, 0, 0, 0, 0]
     assert valid[0].tolist() == [True] * 3 + [not fall] * 5
+
+
+@pytest.mark.parametrize("termination", ["rule", "none"])
+def test_the_models_own_sign_ends_a_rollout_too(monkeypatch, termination):
+    """A reward below all real ones at step 2 says that transition 1 was the last; it is told as 0 where kept."""
+    windows = make_windows(linear_dataset())
+    reward = torch.tensor([[0.1, 0.2, windows.end_reward, windows.end_reward, 0.1, 0.1, 0.1, 0.1]])
+    monkeypatch.setattr(script, "sample_rollouts", lambda *_: (torch.zeros(1, 9, 2), reward))
+    args = Args(**TINY, termination=termination)
+    rows, valid = script.Synthesizer(args, "", windows, None, lambda x: torch.zeros(1, 7, 2))(torch.tensor([0]))
+    fall = termination == "rule"
+    assert rows[0, :, -1].tolist()[:2] == [0, float(fall)] and valid[0].tolist() == [True] * 2 + [not fall] * 6
+    assert rows[0, :, 4].tolist() == pytest.approx([0.1, 0.2, 0, 0, 0.1, 0.1, 0.1, 0.1])
 
 
 # ---- Section 6: the agent
@@ -486,8 +503,9 @@ def test_online_batches_follow_algorithm_2():
 
 @pytest.fixture
 def run(tmp_path):
-    run = Run(Args(run_dir=tmp_path, device="cpu"))
+    run = Run(Args(run_dir=tmp_path / "runs", stage_dir=tmp_path / "stages", device="cpu"))
     run.open()
+    run.fingerprint = "test"
     return run
 
 
@@ -495,19 +513,44 @@ def run(tmp_path):
 def test_world_model_learns_known_dynamics(run, prediction):
     """After one real action, s' = 0.9 s + 0.3 a is certain; an untrained model misses by about one data std."""
     args = Args(**TINY, prediction=prediction, world_model_steps=600, world_model_lr=3e-3, ema_decay=0.9, ema_start=0,
-                horizon=2, normalizer="limits", log_every=300)  # fmt: skip
+                model_horizon=2, normalizer="limits", log_every=300)  # fmt: skip
     windows = script.Windows(args, linear_dataset(episodes=100), run.device)
     world_model = script.train_world_model(args, windows, run)
     index = torch.arange(0, 2000, 7)
     state, action = windows.obs[windows.start[index]], windows.action[index]
-    obs, reward = world_model.sample(state, action, windows.return_to_go[index, None])
+    obs, reward = script.sample_rollouts(args, world_model, state, action, windows.return_to_go[index, None])
     scale = windows.obs.std(0)
     assert ((obs[:, 1] - (0.9 * state + 0.3 * action)) / scale).abs().mean() < 0.2
     assert ((reward[:, 0] - state[:, 0]) / windows.reward.std()).abs().mean() < 0.2
 
 
+def test_world_model_errors_are_in_standard_deviations_of_held_out_windows(run, monkeypatch):
+    """Rollouts that miss the true states by half a deviation, and the true rewards by a quarter."""
+    args = Args(**TINY, world_model_holdout=0.2)
+    windows = script.Windows(args, linear_dataset(), run.device)
+    held_out = windows.held_out(0.2, args.world_model_seed)
+    pair_of = {tuple(windows.obs[windows.start[i]].tolist()): i for i in range(len(windows.start))}
+
+    def sample_rollouts(args, world_model, obs, action, return_to_go):
+        pairs = torch.tensor([pair_of[tuple(row.tolist())] for row in obs])
+        assert held_out[pairs].all() and windows.fits[pairs].all()
+        assert torch.equal(action, windows.action[pairs])
+        assert torch.equal(return_to_go, windows.return_to_go[pairs, None])
+        obs, reward = windows.obs[windows.rows(pairs)], windows.reward[windows.rows(pairs)]
+        return obs + windows.obs.std(0) / 2, reward[:, :-1] - windows.reward[windows.start].std() / 4
+
+    monkeypatch.setattr(script, "sample_rollouts", sample_rollouts)
+    script.measure_world_model(args, None, windows, run)
+    ((_, values),) = run.records
+    assert values == pytest.approx(
+        {f"world_model/val_obs_error_step{i}": 0.5 for i in range(1, 9)}
+        | {f"world_model/val_reward_error_step{i}": 0.25 for i in range(1, 9)},
+        abs=1e-4,
+    )
+
+
 def test_inverse_dynamics_learns_the_known_inverse_and_keeps_its_best_weights(run):
-    args = Args(**TINY, idm_steps=800, idm_batch_size=256, idm_width=64, idm_lr=3e-3, log_every=100, horizon=2)
+    args = Args(**TINY, idm_steps=800, idm_batch_size=256, idm_width=64, idm_lr=3e-3, log_every=100)
     windows = script.Windows(args, linear_dataset(episodes=100), run.device)
     inverse_dynamics = script.train_inverse_dynamics(args, windows, run)
     row = windows.start[1:20]
@@ -519,7 +562,7 @@ def test_inverse_dynamics_learns_the_known_inverse_and_keeps_its_best_weights(ru
 
 def test_inverse_dynamics_returns_an_earlier_best(run, monkeypatch):
     """With a learning rate that destroys the network after a good start, the good weights must come back."""
-    args = Args(**TINY, idm_steps=40, idm_batch_size=64, idm_width=32, idm_lr=1e-2, log_every=10, horizon=2)
+    args = Args(**TINY, idm_steps=40, idm_batch_size=64, idm_width=32, idm_lr=1e-2, log_every=10)
     windows = script.Windows(args, linear_dataset(episodes=30), run.device)
     losses, kept = iter([0.1, 5.0, 6.0, 7.0]), []
 
@@ -537,66 +580,47 @@ def test_inverse_dynamics_returns_an_earlier_best(run, monkeypatch):
 # ---- The command line
 
 
-def hopper_file(path, episodes=12, length=40):
-    """Random play in Hopper, in D4RL's layout."""
-    env, rng, rows = make_env("Hopper-v4", "d4rl"), np.random.default_rng(0), []
-    for episode in range(episodes):
-        obs, _ = env.reset(seed=episode)
-        for step in range(length):
-            action = rng.uniform(-1, 1, 3)
-            next_obs, reward, terminated, _, _ = env.step(action)
-            rows.append((obs, action, reward, next_obs, terminated, step == length - 1 and not terminated))
-            obs = next_obs
-            if terminated:
-                break
-    keys = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
-    with h5py.File(path, "w") as file:
-        for key, column in zip(keys, zip(*rows, strict=True), strict=True):
-            kind = bool if key in ("terminals", "timeouts") else np.float32
-            file[key] = np.array(column).astype(kind)
-    return path
-
-
-TOY = (
-    "--laptop --world-model-steps 30 --unet-width 8 --idm-steps 20 --idm-width 16 --agent-updates 40 --eval-every 20 "
-    "--eval-episodes 2 --log-every 10 --device cpu"
-).split()
-
-
 def command(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, "dawm_td3bc.py", *map(str, arguments)],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True,
-    )  # fmt: skip
+    return run_command("dawm_td3bc.py", *arguments, **environment)
 
 
 def test_d4rl_layout_file_to_score_and_same_seed_same_metrics(tmp_path):
-    data = hopper_file(tmp_path / "data.hdf5")
-    runs = []
-    for folder in ("a", "b"):
-        arguments = "--env-id", "hopper-medium-v2", "--data-path", data, "--run-dir", tmp_path / folder, *TOY
-        result = command(*arguments, DAWM_CACHE_DIR=str(tmp_path / "cache"))
+    """Runs a and b train everything, each with a store of its own; c finds what a made, and ends where a ended."""
+    data, runs, texts = hopper_file(tmp_path / "data.hdf5"), {}, {}
+    for name, store in (("a", "a"), ("b", "b"), ("c", "a")):
+        result = command(
+            "--env-id", "hopper-medium-v2", "--data-path", data, "--run-dir", tmp_path / name,
+            "--stage-dir", tmp_path / "stages" / store, *TOY, DAWM_CACHE_DIR=str(tmp_path / "cache"),
+        )  # fmt: skip
         assert result.returncode == 0, result.stderr[-2000:]
-        (where,) = (tmp_path / folder).iterdir()
-        runs.append(where)
-    assert "not the published hopper-medium-v2 file" in result.stdout and "final" in result.stdout
-    assert {"args.json", "metrics.jsonl", "summary.txt", "curves.png", "actor.safetensors", "world_model.safetensors",
-            "inverse_dynamics.safetensors"} <= {p.name for p in runs[0].iterdir()}  # fmt: skip
-    facts = json.loads((runs[0] / "args.json").read_text())
+        texts[name] = result.stdout
+        (runs[name],) = (tmp_path / name).iterdir()
+    assert "not the published hopper-medium-v2 file" in texts["a"] and "final" in texts["a"]
+    assert {"args.json", "metrics.jsonl", "summary.txt", "curves.png", "actor.safetensors", "stages.json"} <= {
+        p.name for p in runs["a"].iterdir()
+    }
+    facts = json.loads((runs["a"] / "args.json").read_text())
     assert facts["data"]["sha256"] and facts["versions"]["torch"] and facts["args"]["unet_width"] == 8
+    stages = {name: json.loads((where / "stages.json").read_text()) for name, where in runs.items()}
+    assert list(stages["a"]) == ["world model", "inverse dynamics", "synthesis"] and stages["c"] == stages["a"]
+    for stage, folder in stages["a"].items():
+        assert os.path.exists(os.path.join(folder, "tensors.safetensors"))
+        assert os.path.basename(folder) == os.path.basename(stages["b"][stage])  # the name tells what, not where
+        assert f"reused {folder}" in texts["c"]
+    assert "reused" not in texts["a"] + texts["b"]
 
     def metrics(where):
         lines = [json.loads(line) for line in (where / "metrics.jsonl").read_text().splitlines()]
         return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
 
-    assert metrics(runs[0]) == metrics(runs[1])
-    names = {name for line in metrics(runs[0]) for name in line}
+    assert metrics(runs["a"]) == metrics(runs["b"]) == metrics(runs["c"])
+    names = {name for line in metrics(runs["a"]) for name in line}
     assert {"world_model/loss", "idm/val_mse", "synthesis/transitions", "agent/qf_loss", "agent/actor_loss",
             "eval/episodic_return", "eval/normalized_score"} <= names  # fmt: skip
     table = subprocess.run(
         [sys.executable, "experiments/table.py", str(tmp_path / "a")], cwd=ROOT, capture_output=True, text=True
     )
-    scores = [line["eval/normalized_score"] for line in metrics(runs[0]) if "eval/normalized_score" in line]
+    scores = [line["eval/normalized_score"] for line in metrics(runs["a"]) if "eval/normalized_score" in line]
     assert f"| {scores[-1]:.1f} | {np.mean(scores):.1f} | {max(scores):.1f} |" in table.stdout, table.stderr
 
 
@@ -625,7 +649,7 @@ def test_minari_id_to_score(tmp_path):
         patch.setenv("MINARI_DATASETS_PATH", root["MINARI_DATASETS_PATH"])
         (tmp_path / "minari").mkdir()
         minari.create_dataset_from_buffers("test/hopper/random-v0", buffers, env=env, data_format="hdf5")
-    result = command("--env-id", "test/hopper/random-v0", "--run-dir", tmp_path / "runs", *TOY, **root)
+    result = command("--env-id", "test/hopper/random-v0", *folders_below(tmp_path), *TOY, **root)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "Minari data set" in result.stdout and "Hopper-v5, physics stock" in result.stdout
 
@@ -635,7 +659,7 @@ def test_local_data_to_score(tmp_path):
     root = {"MINARI_DATASETS_PATH": str(tmp_path / "minari"), "DAWM_CACHE_DIR": str(tmp_path / "cache")}
     collect = [sys.executable, "local_datasets/collect.py", "--env-id", "local/hopper/medium-v0", "--steps", "3000"]
     subprocess.run(collect, cwd=ROOT, env={**os.environ, **root}, check=True, capture_output=True)
-    result = command("--env-id", "local/hopper/medium-v0", "--run-dir", tmp_path / "runs", *TOY, **root)
+    result = command("--env-id", "local/hopper/medium-v0", *folders_below(tmp_path), *TOY, **root)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "shipped policies, not D4RL" in result.stdout and "Hopper-v4, physics d4rl" in result.stdout
 
@@ -643,7 +667,7 @@ def test_local_data_to_score(tmp_path):
 @pytest.mark.parametrize("options", [["--synthetic-fraction", "0"], ["--synthesis", "online", "--prediction", "x0"]])
 def test_control_and_online_mode(tmp_path, options):
     data = hopper_file(tmp_path / "data.hdf5")
-    arguments = "--env-id", "hopper-medium-v2", "--data-path", data, "--run-dir", tmp_path / "runs", *TOY, *options
+    arguments = "--env-id", "hopper-medium-v2", "--data-path", data, *folders_below(tmp_path), *TOY, *options
     result = command(*arguments, DAWM_CACHE_DIR=str(tmp_path / "cache"))
     assert result.returncode == 0, result.stderr[-2000:]
     assert ("no world model" in result.stdout) == (options[1] == "0")
@@ -658,6 +682,7 @@ def test_control_and_online_mode(tmp_path, options):
         (["--synthesis", "online", "--synthetic-fraction", "0.5"], "--synthesis online draws from all pairs"),
         (["--idm-holdout", "0"], "--idm-holdout 0.0 lies outside [0.001, 0.9]"),
         (["--horizon", "0"], "--horizon 0 must be 1 or more"),
+        (["--horizon", "9"], "--horizon 9 is above --model-horizon 7"),
         (["--gamma", "nan"], "--gamma nan lies outside [0, 1]"),
         (["--target-return", "inf"], "--target-return inf lies outside [-100, 100]"),
         (["--unet-width", "12"], "--unet-width 12 must be 8, 16"),
@@ -672,6 +697,7 @@ def test_control_and_online_mode(tmp_path, options):
 def test_bad_input_is_one_line_and_code_2(arguments, message, monkeypatch, capsys, tmp_path):
     if "--run-dir" not in arguments:
         arguments = [*arguments, "--run-dir", str(tmp_path)]
+    arguments = [*arguments, "--stage-dir", str(tmp_path / "stages")]
     monkeypatch.setattr(sys, "argv", ["dawm_td3bc.py", *arguments])
     with pytest.raises(SystemExit) as stop:
         script.run_script(script.main, Args, script.LAPTOP)

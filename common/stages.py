@@ -1,0 +1,156 @@
+"""Results that outlive a run: what a stage made is found again by every script that has the same stage.
+
+A result lies in {stage_dir}/{stage}-{key}. The key hashes exactly what the result depends on: the data, the stages it
+builds on, the device's kind, the stage's own source (everything it calls in its script, without comments and
+docstrings) and each argument which that source reads. So a copied stage finds its twin's result, another wording keeps
+it, and another line of code makes a new one.
+"""
+
+import ast
+import copy
+import datetime
+import hashlib
+import inspect
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from common import UserError
+
+FORMAT = 1  # of the folder; another number is told, never half-read
+
+
+def stage_source(function) -> tuple[str, list[str]]:
+    """Source of `function` and of all it uses in its module, in order of their names, and the `args.` fields it reads.
+
+    Names are followed through annotations too; the class Args itself is left out, since its defaults are no input.
+    """
+    definitions = {}
+    for node in ast.parse(inspect.getsource(sys.modules[function.__module__])).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            definitions[node.name] = node
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+            definitions |= dict.fromkeys(names, node)
+    definitions.pop("Args", None)
+    found, waiting, fields = {}, [function.__name__], set()
+    while waiting:
+        name = waiting.pop()
+        found[name] = copy.deepcopy(definitions[name])
+        for node in ast.walk(found[name]):
+            if isinstance(node, ast.Name) and node.id in definitions and node.id not in [*found, *waiting]:
+                waiting.append(node.id)
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value).split(".")[-1] == "args":
+                fields.add(node.attr)
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+                node.body = node.body[1:] or [ast.Pass()]
+    return "\n".join(ast.unparse(found[name]) for name in sorted(found)), sorted(fields)
+
+
+class Kept:
+    """The place of one stage's result. `tensors`, on the run's device, is what was found there, or None: then make the
+    result and `keep` it.
+
+    Until it is kept, other processes that want the same result wait. The metrics logged in between are kept with it and
+    logged again by whoever finds it. `name` is that of the stage's progress bar; `after` names the stages built on.
+    """
+
+    def __init__(self, run, name: str, function, after: tuple[str, ...] = ()):
+        self.run, self.name = run, name
+        source, fields = stage_source(function)
+        self.depends = {
+            "source": hashlib.sha256(source.encode()).hexdigest(),
+            "args": {field: getattr(run.args, field) for field in fields},
+            "inputs": {"data": run.fingerprint} | {stage: run.kept[stage] for stage in after},
+            "device": run.device.type,
+        }
+        self.depends = json.loads(json.dumps(self.depends, default=str))  # as it will be read back
+        key = hashlib.sha256(json.dumps(self.depends, sort_keys=True).encode()).hexdigest()[:16]
+        self.folder = Path(run.args.stage_dir) / f"{name.replace(' ', '_')}-{key}"
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self.lock = FileLock(f"{self.folder}.lock")
+            try:
+                self.lock.acquire(timeout=0)
+            except Timeout:
+                run.say(name, f"another process has {self.folder} in hand; waiting for it")
+                self.lock.acquire()
+        except OSError as error:
+            where = self.folder.parent
+            raise UserError(f"cannot write the stage store {where} ({error.strerror}); give another --stage-dir")
+        run.kept[name] = self.folder.name
+        self.tensors = None
+        if self.folder.exists() and not run.args.fresh:
+            try:
+                self.tensors = self._read()
+            finally:
+                self.lock.release()
+        self.first_record = len(run.records)
+
+    def _read(self) -> dict[str, torch.Tensor]:
+        """The stored tensors; UserError if the folder is damaged, foreign or of another version."""
+        way_out = "delete that folder, or --fresh makes it anew"
+        try:
+            manifest = json.loads((self.folder / "manifest.json").read_text())
+            version, depends, sha256 = manifest["format"], dict(manifest["depends"]), manifest["sha256"]
+            metrics, made, seconds = manifest["metrics"], float(manifest["time"]), float(manifest["seconds"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"{self.folder} holds no readable manifest.json; {way_out}")
+        if version != FORMAT:
+            raise UserError(f"{self.folder} is of format {version}, this code reads {FORMAT}; {way_out}")
+        if depends != self.depends:
+            other = [k for k in self.depends if depends.get(k) != self.depends[k]]
+            raise UserError(f"{self.folder} was made from other {', '.join(other)} than its name says; {way_out}")
+        path = self.folder / "tensors.safetensors"
+        if not path.exists() or _sha256(path) != sha256:
+            raise UserError(f"{path} is damaged (its sha256 is not the manifest's); {way_out}")
+        for step, values in metrics:
+            self.run.log(step, values)
+        age = datetime.timedelta(seconds=round(time.time() - made))
+        self.run.reused(self.name, f"reused {self.folder}, {age} old, {seconds:.1f} s to make")
+        return load_file(path, device=str(self.run.device))
+
+    def keep(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Write the result, whole or not at all, and let others have it. A full disk is told, the run goes on."""
+        try:
+            self._write(tensors)
+        except (OSError, SafetensorError) as error:
+            self.run.say(self.name, f"could not be kept in {self.folder} ({error}); the run goes on without")
+        self.lock.release()
+
+    def _write(self, tensors: dict[str, torch.Tensor]) -> None:
+        folder = self.folder.with_name(f".unfinished-{self.folder.name}")
+        shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed here
+        folder.mkdir()
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "tensors.safetensors")
+        manifest = {
+            "format": FORMAT,
+            "stage": self.name,
+            "depends": self.depends,
+            "sha256": _sha256(folder / "tensors.safetensors"),
+            "time": time.time(),
+            "seconds": self.run.stages.get(self.name, (0.0, ""))[0],
+            "metrics": self.run.records[self.first_record :],
+            "run": str(self.run.folder),
+        }
+        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+        for path in folder.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        if self.folder.exists():  # --fresh
+            shutil.rmtree(self.folder)
+        folder.rename(self.folder)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
