@@ -1,0 +1,1097 @@
+"""DWM: offline RL with TD3+BC or IQL, whose critics learn from returns that a diffusion world model imagines.
+
+1. A diffusion model learns windows of future states and rewards, given a real state, a real action and the
+   return-to-go (section 3): the same model as DAWM's, found again if it is kept.
+2. No action is filled in (section 4 is empty): a rollout goes on as the behaviour policy would.
+3. From every real pair (state, action), asked for a return-to-go, the model imagines H rewards and states (section 5).
+4. Their discounted sum and the value of the last state are the critic's target at the real pair; all else in TD3+BC
+   or IQL stays as on real data (section 6).
+5. The policy runs in the simulator (section 7).
+
+    python dwm_baseline.py --env-id local/hopper/medium-v0 --laptop                # TD3+BC, two CPU cores
+    python dwm_baseline.py --env-id local/hopper/medium-v0 --laptop --agent iql    # IQL with lambda-returns
+    python dwm_baseline.py --env-id hopper-medium-v2                               # paper scale on D4RL, one GPU
+
+What separates it from DAWM: `git diff --no-index dawm_td3bc.py dwm_baseline.py`, or docs/diffs.md.
+
+Keys:
+[DWM]    Diffusion World Model, arXiv 2402.03570 (equations and appendix as reprinted in arXiv 2607.17560)
+[DAWM]   DAWM: diffusion action world models for offline RL, arXiv 2509.19538v1
+[DD]     Is Conditional Generative Modeling All You Need for Decision-Making?, arXiv 2211.15657, and its code
+[TD3BC]  A Minimalist Approach to Offline RL, arXiv 2106.06860, and its code
+[IQL]    Offline Reinforcement Learning with Implicit Q-Learning, arXiv 2110.06169; its code: gwthomas/IQL-PyTorch
+[CFG]    Classifier-Free Diffusion Guidance, arXiv 2207.12598
+[IDDPM]  Improved Denoising Diffusion Probabilistic Models, arXiv 2102.09672 (cosine schedule, strided sampling)
+
+Tags: [KEY place] stands there; [unspecified] the paper is silent, our choice; [deviation] the paper says otherwise.
+
+Symbols: DWM's T (tokens) is `model_horizon` + 1 here, its H `simulation_horizon`, its lambda `lambda_weight`; k in
+DAWM's Eq. 2 is `k` (diffusion step); g_eval `target_return`; omega `guidance_scale`; DWM's alpha (0.5)
+`sampling_temperature`, TD3+BC's `bc_alpha`; IQL's tau `expectile`, its beta `awr_beta`; `tau` is the Polyak rate only.
+"""
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Imports and arguments
+# ---------------------------------------------------------------------------------------------------------------------
+import copy
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+
+from common import UserError
+from common.data import OfflineDataset, load_dataset
+from common.evaluation import Evaluator, normalized_score, score_report
+from common.run import Run, check_range, run_script
+from common.stages import Kept
+
+
+@dataclass
+class Args:
+    # ---- Run
+    agent: Literal["td3bc", "iql"] = "td3bc"
+    """the learner: DWM-TD3BC or DWM-IQL"""
+    env_id: str = "hopper-medium-v2"
+    """data set: a D4RL name, local/ROBOT/QUALITY-v0 (made on this machine), or any Minari id"""
+    data_path: Path | None = None
+    """a file in D4RL's HDF5 layout to read instead of the published one"""
+    laptop: bool = False
+    """defaults for two CPU cores and ten minutes instead of the paper's; any flag given still wins"""
+    seed: int = 0
+    """seed of the agent; world model, inverse dynamics and synthesis have their own"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU if there is one"""
+    threads: int = 0
+    """CPU threads of torch; 0 leaves torch's own choice. CPU results depend on it in the last digits"""
+    run_dir: Path = Path("runs")
+    """each run makes a folder of its own in here"""
+    exp_name: str = Path(__file__).stem
+    """part of the folder's name"""
+    track: bool = False
+    """log to Weights & Biases too"""
+    wandb_project: str = "dawm"
+    """project for --track"""
+    log_every: int = 500
+    """gradient updates between two logged metrics"""
+    stage_dir: Path = Path("runs/stages")
+    """world models, inverse dynamics and synthetic sets are kept here, for every run that would make the same"""
+    fresh: bool = False
+    """make every stage anew, whatever is kept"""
+
+    # ---- Data: windows and return-to-go
+    model_horizon: int = 7
+    """H of the world model's windows, of H+2 tokens [unspecified]; rollouts may take fewer of their steps [DWM]"""
+    gamma: float = 0.99
+    """discount of return-to-go and agent [DAWM Tab. 7]"""
+    return_to_go: Literal["episode", "window"] = "episode"
+    """sum rewards to the episode's end, or over the window's H+1 as printed; [deviation] see RETURN-TO-GO below"""
+    window_padding: Literal["absorbing", "none"] = "absorbing"
+    """go on after a fall with its last state and a reward that tells, or use only windows that fit [unspecified]"""
+    normalizer: Literal["limits", "gaussian", "cdf"] = "limits"
+    """units of the diffusion; [deviation] DWM takes the empirical CDF (cdf), whose first step errs more (README)"""
+
+    # ---- World model
+    world_model_seed: int = 100
+    """seed of the diffusion training [DAWM Tab. 7]"""
+    world_model_steps: int = 2_000_000
+    """gradient updates [DAWM App.]"""
+    world_model_batch_size: int = 64
+    """windows per update [DAWM Tab. 7]"""
+    world_model_lr: float = 1e-4
+    """Adam's rate [DAWM Tab. 7]"""
+    world_model_holdout: float = 0.05
+    """share of episodes kept from the training, to measure the error of rollouts [unspecified]"""
+    unet_width: int = 128
+    """channels of the U-Net's first level; [unspecified] in DAWM and DWM, DD's code"""
+    unet_multipliers: tuple[int, ...] = (1, 4, 8)
+    """channels of each level in units of the width; [unspecified], DD's code"""
+    diffusion_steps: int = 5
+    """K [DAWM Tab. 7]"""
+    prediction: Literal["noise", "x0"] = "noise"
+    """what the U-Net predicts: noise [DAWM Eq. 2], or the clean window, which is not in the paper"""
+    cond_drop_prob: float = 0.25
+    """share of samples trained without return-to-go [DAWM App.]"""
+    ema_decay: float = 0.995
+    """of the averaged weights ("Adam decay") [DAWM Tab. 7]"""
+    ema_every: int = 10
+    """updates between two averagings [DWM App.]"""
+    ema_start: int = 2_000
+    """updates before which the average is a plain copy; [unspecified], DD's code"""
+
+    # ---- Synthesis
+    rollouts: Literal["online", "stored"] = "online"
+    """imagine afresh for every batch [DWM], or once for every real pair and reuse that: faster [deviation]"""
+    simulation_horizon: int = 7
+    """H: imagined rewards in a target, at most --model-horizon [DWM App.]"""
+    synthesis_seed: int = 100
+    """seed of the sampling noise in dataset mode [unspecified]"""
+    synthesis_batch_size: int = 4096
+    """rollouts generated together in dataset mode [unspecified]"""
+    sampling_steps: int = 3
+    """N denoising steps out of K [DAWM App.]"""
+    sampling_temperature: float = 0.5
+    """multiplies the standard deviation of each denoising step [DAWM Tab. 7, DWM]"""
+    guidance_scale: float = 1.2
+    """weight of the return condition, 1 is no guidance; [unspecified] in DAWM and DWM, DD's code"""
+    target_return: float | Literal["own"] | None = None
+    """return-to-go asked for, in return scales; default from TASKS [unspecified]; own: each pair's real one"""
+    termination: Literal["none", "rule"] = "none"
+    """go on through falls as published, or end the sum where the simulator's rule says fallen [deviation]"""
+
+    # ---- Agent
+    agent_updates: int = 500_000
+    """critic updates [DWM App.]"""
+    agent_batch_size: int = 128
+    """real pairs per update [DWM App.]"""
+    agent_lr: float = 3e-4
+    """Adam's rate of all networks [DWM App.]; IQL's policy: falls to 0 by a cosine [deviation], IQL's code"""
+    tau: float = 0.005
+    """Polyak rate of the target networks [DWM App.]"""
+    policy_delay: int | None = None
+    """critic updates per update of actor and targets [DWM App.]; default 2 for td3bc, 1 for iql"""
+    lambda_return: bool | None = None
+    """mix all horizons up to H instead of H alone; default off for td3bc, on for iql [DWM App.]"""
+    lambda_weight: float = 0.95
+    """weight of the longer horizon in that mix [DWM App.]"""
+    lambda_base: Literal["corrected", "printed"] = "corrected"
+    """where that recursion starts; as printed one reward too many is added [deviation]"""
+    policy_noise: float = 0.2
+    """standard deviation of the target action's noise, in units of the action range's half; 0 as printed [deviation]"""
+    noise_clip: float = 0.5
+    """bound of that noise [TD3BC]"""
+    bc_alpha: float = 2.5
+    """weight of Q against behaviour cloning [TD3BC Eq. 5]"""
+    expectile: float = 0.7
+    """of the value loss [IQL Eq. 5]; 0.5 is the symmetric loss that is printed [deviation]"""
+    awr_beta: float = 3.0
+    """inverse temperature of the policy's weights; [unspecified], IQL's code"""
+    max_weight: float = 100.0
+    """cap of the policy's weights; [unspecified], IQL's code"""
+    policy: Literal["gaussian", "deterministic"] = "gaussian"
+    """free standard deviation and no bounds, or tanh and squared error; [unspecified], IQL's code has both"""
+    reward_scaling: bool = True
+    """rewards times 1000 / (best - worst episode return of the real data); [unspecified], IQL's code"""
+    normalize_obs: bool = False
+    """standardise observations for the agent [DWM App.]; off in IQL's code [unspecified]"""
+
+    # ---- Evaluation
+    eval_every: int = 5_000
+    """critic updates between two evaluations [TD3BC]"""
+    eval_episodes: int = 10
+    """episodes per evaluation [DWM]"""
+    physics: Literal["auto", "d4rl", "stock"] = "auto"
+    """capsule masses of the simulator: D4RL's or today's; auto takes what the data set was recorded with"""
+
+
+# --laptop: the same method with a smaller U-Net and fewer updates, [deviation] throughout; not the paper's scale. The
+# world model is that of dawm_td3bc.py --laptop.
+LAPTOP = dict(
+    threads=1,  # a second one gains 15% at these sizes, and loses tenfold when another process wants the core
+    prediction="x0",
+    normalizer="gaussian",
+    target_return="own",
+    world_model_steps=15_000,
+    world_model_lr=1e-3,
+    unet_width=32,
+    unet_multipliers=(1, 2),
+    rollouts="stored",
+    normalize_obs=True,  # for IQL [DWM App.]; without it so few updates leave a poor clone (README)
+    synthesis_batch_size=1024,
+    agent_updates=25_000,
+    eval_every=2_500,
+)
+
+# Return scale [DAWM App.] and target return ([unspecified]; from [DWM App.]'s grids) of the paper's tasks. Any other
+# data set: the scale that puts its largest return-to-go at 0.6, and target 0.7.
+TASKS = {
+    "hopper-medium-v2": (400, 0.7),
+    "hopper-medium-replay-v2": (400, 0.7),
+    "hopper-medium-expert-v2": (400, 0.8),
+    "walker2d-medium-v2": (550, 0.7),
+    "walker2d-medium-replay-v2": (550, 0.7),
+    "walker2d-medium-expert-v2": (550, 0.9),
+    "halfcheetah-medium-v2": (1200, 0.5),
+    "halfcheetah-medium-replay-v2": (1200, 0.4),
+    "halfcheetah-medium-expert-v2": (1200, 0.7),
+}
+
+
+# Adapted from dawm_td3bc.py: its own rollouts and two agents
+def check_args(args: Args) -> None:
+    """UserError for values with which no run makes sense, before anything is loaded."""
+    counts = "model_horizon simulation_horizon diffusion_steps sampling_steps world_model_steps world_model_batch_size "
+    counts += "synthesis_batch_size agent_updates agent_batch_size policy_delay eval_every eval_episodes log_every "
+    check_range(args, 1, math.inf, counts + "ema_every")
+    check_range(args, 0, 1, "cond_drop_prob ema_decay gamma tau lambda_weight")
+    check_range(args, 0.001, 0.999, "expectile")
+    check_range(args, 0, 0.9, "world_model_holdout")
+    check_range(args, 0, 2**31, "threads seed world_model_seed synthesis_seed")
+    check_range(args, 0, 100, "sampling_temperature guidance_scale policy_noise noise_clip bc_alpha awr_beta")
+    check_range(args, 1, 1e6, "max_weight")
+    check_range(args, 1e-8, 1, "world_model_lr agent_lr")
+    check_range(args, -100, 100, "target_return")
+    if args.simulation_horizon > args.model_horizon:
+        raise UserError(
+            f"--simulation-horizon {args.simulation_horizon} is above --model-horizon {args.model_horizon}; "
+            "lower it or raise that"
+        )
+    if args.sampling_steps > args.diffusion_steps:
+        raise UserError(f"--sampling-steps {args.sampling_steps} is above --diffusion-steps {args.diffusion_steps}")
+    if args.unet_width % 8 or args.unet_width < 8 or min(args.unet_multipliers, default=0) < 1:
+        raise UserError(f"--unet-width {args.unet_width} must be 8, 16, ... and --unet-multipliers positive")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Data: episodes to windows, return-to-go
+# ---------------------------------------------------------------------------------------------------------------------
+# RETURN-TO-GO. [deviation] DAWM prints a sum over the window's H+1 rewards, but its divisor (400 for Hopper) only fits
+# sums to the episode's end: eight rewards give 25; [DWM App.] plots labels up to 0.61 x 400 = 244 for hopper-medium.
+
+
+# Copied from dawm_td3bc.py
+def discounted_return_to_go(reward: np.ndarray, lengths: np.ndarray, gamma: float) -> np.ndarray:
+    """Rewards [N] summed from each step to its episode's end, discounted -> [N]. Nothing is added at a time limit."""
+    return_to_go, end = np.zeros(len(reward)), 0
+    for length in lengths:
+        start, end, following = end, end + length, 0.0
+        for row in range(end - 1, start - 1, -1):
+            following = reward[row] + gamma * following
+            return_to_go[row] = following
+    return return_to_go
+
+
+# Copied from dawm_td3bc.py
+def return_scale(args: Args, largest_return_to_go: float) -> float:
+    """The divisor of this data set's return-to-go."""
+    if not largest_return_to_go > 0:
+        raise UserError(
+            f"the largest return-to-go of {args.env_id} is {largest_return_to_go:.3g}, no scale for it; "
+            "shift its rewards above 0"
+        )
+    return float(TASKS[args.env_id][0] if args.env_id in TASKS else largest_return_to_go / 0.6)
+
+
+# Copied from dawm_td3bc.py
+def target_return(args: Args) -> float | str:
+    """g_eval, in return scales, or "own"."""
+    return TASKS.get(args.env_id, (None, 0.7))[1] if args.target_return is None else args.target_return
+
+
+# Copied from dawm_td3bc.py
+class Windows:
+    """All windows of H+2 states and H+1 rewards, one for each real pair (state, action); gathered when asked for.
+
+    H is model_horizon. Token i of a window holds the state at step i and the reward at step i; the last token's reward
+    slot is 0. No window crosses an episode's end. A fallen episode goes on with its last state (the simulator would
+    stop there): else no window would start within H steps of a fall, and the model could not learn what happens next.
+    Its reward lies below all real ones by a quarter of their range, so that generated ends can be told (`is_over`).
+    UserError if no episode is long enough.
+    """
+
+    def __init__(self, args: Args, dataset: OfflineDataset, device: torch.device):
+        episode = np.repeat(np.arange(len(dataset.lengths)), dataset.lengths)  # of each row
+        last = np.cumsum(dataset.lengths) - 1  # last row of each episode
+        # One token per state: an episode of T transitions has T+1 of them, so its rows shift by its number.
+        obs = np.insert(dataset.obs, last + 1, dataset.next_obs[last], axis=0)
+        low, high = float(dataset.reward.min()), float(dataset.reward.max())
+        self.end_reward, self.end_margin = low - (high - low) / 4, low - (high - low) / 8
+        reward = np.insert(dataset.reward, last + 1, self.end_reward)
+        start, final = np.arange(len(episode)) + episode, (last + 1 + np.arange(len(last)))[episode]
+        fits = start + args.model_horizon + 1 <= final
+        if not fits.any():
+            raise UserError(
+                f"--model-horizon {args.model_horizon} needs {args.model_horizon + 1} transitions in a row, but the "
+                f"longest episode has {dataset.lengths.max()}; lower it and the rollouts' horizon"
+            )
+        if len(last) < 2:
+            raise UserError(f"{args.env_id} has one episode; held-out measurements need two or more")
+        usable = fits | dataset.terminated[last][episode] if args.window_padding == "absorbing" else fits
+        return_to_go = discounted_return_to_go(dataset.reward, dataset.lengths, args.gamma)
+        if args.return_to_go == "window":
+            beyond = np.append(return_to_go, 0)[
+                np.minimum(np.arange(len(episode)) + args.model_horizon + 1, len(episode))
+            ]
+            inside = np.arange(len(episode)) + args.model_horizon + 1 <= last[episode]
+            return_to_go = return_to_go - args.gamma ** (args.model_horizon + 1) * beyond * inside
+        self.return_scale = return_scale(args, return_to_go.max())
+
+        def tensor(array):
+            return torch.as_tensor(array, device=device)
+
+        self.obs, self.reward = tensor(obs), tensor(reward)
+        self.start, self.final = tensor(start), tensor(final)
+        self.action = tensor(dataset.action)
+        self.return_to_go = tensor((return_to_go / self.return_scale).astype(np.float32))
+        self.usable, self.fits, self.episode = tensor(usable), tensor(fits), tensor(episode)
+        self.offsets = torch.arange(args.model_horizon + 2, device=device)
+
+    def held_out(self, share: float, seed: int) -> torch.Tensor:
+        """Mask [N] of the windows in a random share of the episodes."""
+        episodes = int(self.episode[-1]) + 1
+        order = torch.randperm(episodes, generator=torch.Generator().manual_seed(seed))
+        count = min(math.ceil(share * episodes), episodes - 1)  # something must be left to train on
+        return torch.isin(self.episode, order[:count].to(self.episode.device))
+
+    def is_over(self, reward: torch.Tensor) -> torch.Tensor:
+        """Whether generated rewards say that the episode had ended before their step -> bool."""
+        return reward < self.end_margin
+
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        """Rows of obs and reward that make up the windows `index` [B] -> [B, H+2]."""
+        return torch.minimum(self.start[index, None] + self.offsets, self.final[index, None])
+
+
+# Copied from dawm_td3bc.py
+class Normalizer(nn.Module):
+    """Each dimension of values [N, dim] to the diffusion's units and back, by linear interpolation between quantiles.
+
+    limits: minimum and maximum to -1 and 1. gaussian: mean 0, standard deviation 1. cdf: rank to -1..1, by 10,000 steps
+    [DWM App.]. `low` and `high` [dim] are the data's range in these units.
+    """
+
+    def __init__(self, values: torch.Tensor, kind: str):
+        super().__init__()
+        ordered = values.T.sort(dim=1).values  # [dim, N]
+        rank = torch.linspace(0, 1, 10_000 if kind == "cdf" else 2, dtype=torch.float64, device=values.device)
+        self.register_buffer("quantiles", ordered[:, (rank * (len(values) - 1)).round().long()].contiguous())
+        low, high = -torch.ones_like(values[0]), torch.ones_like(values[0])
+        if kind == "gaussian":
+            low, high = ((ordered[:, end] - values.mean(0)) / (values.std(0) + 1e-6) for end in (0, -1))
+        self.register_buffer("low", low)
+        self.register_buffer("high", high)
+
+    def normalize(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., dim] in dataset units, clipped to the data's range."""
+        flat = x.reshape(-1, x.shape[-1]).T.contiguous()  # [dim, B]
+        last = self.quantiles.shape[1] - 1
+        right = torch.searchsorted(self.quantiles, flat, right=True).clamp(1, last)
+        below, above = self.quantiles.gather(1, right - 1), self.quantiles.gather(1, right)
+        # above equals below only beyond the last of several equal largest values
+        fraction = torch.where(above > below, (flat - below) / (above - below), 1.0).clamp(0, 1)
+        return torch.lerp(self.low, self.high, ((right - 1 + fraction) / last).T).reshape(x.shape)
+
+    def denormalize(self, y: torch.Tensor) -> torch.Tensor:
+        """y [..., dim], clipped to the data's range, to dataset units."""
+        last = self.quantiles.shape[1] - 1
+        share = (y.reshape(-1, y.shape[-1]) - self.low) / (self.high - self.low).clamp(min=1e-12)
+        position = (share.clamp(0, 1) * last).T.contiguous()
+        left = position.long().clamp(max=last - 1)
+        below, above = self.quantiles.gather(1, left), self.quantiles.gather(1, left + 1)
+        return torch.lerp(below, above, position - left).T.reshape(y.shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. World model: schedule, denoiser, loss, sampler
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+# Copied from dawm_td3bc.py
+def cosine_alpha_bar(num_diffusion_steps: int) -> torch.Tensor:
+    """Cumulative product of 1 - noise_beta for k = 0..K -> [K+1], float64, alpha_bar[0] = 1 [IDDPM Eq. 17]."""
+    k = torch.arange(num_diffusion_steps + 1, dtype=torch.float64) / num_diffusion_steps
+    f = torch.cos((k + 0.008) / 1.008 * math.pi / 2) ** 2
+    noise_beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    return torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - noise_beta, 0)])
+
+
+# Copied from dawm_td3bc.py
+def strided_steps(num_diffusion_steps: int, sampling_steps: int) -> list[int]:
+    """The N of K diffusion steps that sampling visits, ascending, ending at K: 1, 3, 5 for N=3, K=5 [DWM App.]."""
+    if sampling_steps == 1:
+        return [num_diffusion_steps]
+    spacing = (num_diffusion_steps - 1) / (sampling_steps - 1)
+    return [math.floor(1 + i * spacing + 0.5) for i in range(sampling_steps)]
+
+
+# Copied from dawm_td3bc.py
+def posterior_coefficients(alpha_bar: torch.Tensor, steps: list[int]) -> list[tuple[float, float, float]]:
+    """For each visited step, ascending: weight of x0, weight of x_k and std of the next x [IDDPM].
+
+    The betas are those of the shortened chain; the full chain's would leave the noise level inconsistent.
+    """
+    chain = alpha_bar[[0, *steps]]
+    coefficients = []
+    for previous, current in zip(chain[:-1], chain[1:], strict=True):
+        noise_beta = 1 - current / previous
+        weight_x0 = previous.sqrt() * noise_beta / (1 - current)
+        weight_x_k = (1 - noise_beta).sqrt() * (1 - previous) / (1 - current)
+        std = (noise_beta * (1 - previous) / (1 - current)).sqrt()
+        coefficients.append((weight_x0.item(), weight_x_k.item(), std.item()))
+    return coefficients
+
+
+# Copied from dawm_td3bc.py
+class ResidualBlock(nn.Module):
+    """Two convolutions over time with group norm and Mish; the condition is added between them [DD code]."""
+
+    def __init__(self, in_channels: int, out_channels: int, embed_dim: int):
+        super().__init__()
+        self.conv1 = nn.Sequential(
+            nn.Conv1d(in_channels, out_channels, 5, padding=2), nn.GroupNorm(8, out_channels), nn.Mish()
+        )
+        self.condition = nn.Sequential(nn.Mish(), nn.Linear(embed_dim, out_channels))
+        self.conv2 = nn.Sequential(
+            nn.Conv1d(out_channels, out_channels, 5, padding=2), nn.GroupNorm(8, out_channels), nn.Mish()
+        )
+        self.skip = nn.Conv1d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x, embedding):
+        return self.conv2(self.conv1(x) + self.condition(embedding)[:, :, None]) + self.skip(x)
+
+
+# Copied from dawm_td3bc.py
+class TemporalUNet(nn.Module):
+    """Denoiser of a window x [B, L, channels], given diffusion step k [B], action [B, action_dim], return-to-go [B, 1].
+
+    `keep` [B, 1] is 1 or 0: a dropped return-to-go has a zero embedding [DD code]. Output [B, L, channels].
+    60,717,580 parameters for Hopper at paper scale.
+    """
+
+    def __init__(self, channels: int, action_dim: int, width: int, multipliers: tuple[int, ...]):
+        super().__init__()
+
+        def mlp3(in_dim):  # condition networks of three layers [DAWM App.]
+            return nn.Sequential(
+                nn.Linear(in_dim, width), nn.Mish(), nn.Linear(width, 4 * width), nn.Mish(), nn.Linear(4 * width, width)
+            )
+
+        self.embed_k = nn.Sequential(nn.Linear(width, 4 * width), nn.Mish(), nn.Linear(4 * width, width))
+        self.embed_action, self.embed_return = mlp3(action_dim), mlp3(1)
+        half = width // 2
+        self.register_buffer("frequencies", torch.exp(torch.arange(half) * -math.log(10_000) / (half - 1)))
+        embed_dim = 3 * width
+        sizes = [channels, *(width * m for m in multipliers)]
+        levels = list(zip(sizes[:-1], sizes[1:], strict=True))
+        self.down = nn.ModuleList(
+            nn.ModuleList(
+                [
+                    ResidualBlock(i, o, embed_dim),
+                    ResidualBlock(o, o, embed_dim),
+                    nn.Conv1d(o, o, 3, stride=2, padding=1) if o_is_not_last else nn.Identity(),
+                ]
+            )
+            for (i, o), o_is_not_last in zip(levels, [True] * (len(levels) - 1) + [False], strict=True)
+        )
+        self.middle = nn.ModuleList([ResidualBlock(sizes[-1], sizes[-1], embed_dim) for _ in range(2)])
+        self.up = nn.ModuleList(
+            nn.ModuleList(
+                [
+                    ResidualBlock(2 * o, i, embed_dim),
+                    ResidualBlock(i, i, embed_dim),
+                    nn.ConvTranspose1d(i, i, 4, stride=2, padding=1),
+                ]
+            )
+            for i, o in reversed(levels[1:])
+        )
+        self.head = nn.Sequential(
+            nn.Conv1d(width * multipliers[0], width, 5, padding=2),
+            nn.GroupNorm(8, width),
+            nn.Mish(),
+            nn.Conv1d(width, channels, 1),
+        )
+        self.length_unit = 2 ** (len(levels) - 1)  # each level but the last halves the length
+
+    def forward(self, x, k, action, return_to_go, keep):
+        angle = k[:, None] * self.frequencies
+        embedding = torch.cat(
+            [
+                self.embed_k(torch.cat([angle.sin(), angle.cos()], 1)),
+                self.embed_return(return_to_go) * keep,
+                self.embed_action(action),
+            ],
+            dim=1,
+        )
+        length = x.shape[1]
+        # H+2 tokens need not divide: repeat the last token inside, crop the output [unspecified]
+        x = F.pad(x.transpose(1, 2), (0, -length % self.length_unit), mode="replicate")
+        skips = []
+        for block1, block2, shorten in self.down:
+            x = block2(block1(x, embedding), embedding)
+            skips.append(x)
+            x = shorten(x)
+        for block in self.middle:
+            x = block(x, embedding)
+        for block1, block2, lengthen in self.up:
+            x = torch.cat([x, skips.pop()], dim=1)
+            x = lengthen(block2(block1(x, embedding), embedding))
+        return self.head(x)[:, :, :length].transpose(1, 2)
+
+
+# Copied from dawm_td3bc.py
+class WorldModel(nn.Module):
+    """p(next states, rewards | state, action, return-to-go) [DAWM Eq. 1]: a denoiser and the units it works in.
+
+    The window x [B, H+2, obs_dim + 1] is normalised. Two places in it are known, not generated: the first
+    state, overwritten before every network call [DD Alg. 1], and the last reward slot, which no data defines, kept 0.
+    """
+
+    def __init__(self, args: Args, windows: Windows):
+        super().__init__()
+        self.obs_dim, action_dim = windows.obs.shape[1], windows.action.shape[1]
+        self.args = args
+        self.obs_units = Normalizer(windows.obs, args.normalizer)
+        self.reward_units = Normalizer(
+            windows.reward[:, None], "gaussian" if args.normalizer == "gaussian" else "limits"
+        )
+        self.register_buffer("low", torch.cat([self.obs_units.low, self.reward_units.low]))
+        self.register_buffer("high", torch.cat([self.obs_units.high, self.reward_units.high]))
+        alpha_bar = cosine_alpha_bar(args.diffusion_steps)
+        self.register_buffer("alpha_bar", alpha_bar.float())
+        self.denoiser = TemporalUNet(self.obs_dim + 1, action_dim, args.unet_width, args.unet_multipliers)
+
+    def normalize(self, obs: torch.Tensor, reward: torch.Tensor) -> torch.Tensor:
+        """obs [..., obs_dim], reward [...] in dataset units -> tokens [..., obs_dim + 1]."""
+        return torch.cat([self.obs_units.normalize(obs), self.reward_units.normalize(reward[..., None])], dim=-1)
+
+    def pin(self, x: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
+        """x with the known places of the clean window x0 put back (in place)."""
+        x[:, 0, : self.obs_dim] = x0[:, 0, : self.obs_dim]
+        x[:, -1, -1] = 0
+        return x
+
+    def q_sample(self, x0: torch.Tensor, k: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Noised window x_k = sqrt(alpha_bar_k) x0 + sqrt(1 - alpha_bar_k) noise [DAWM Eq. 2], k [B] in 1..K."""
+        alpha_bar = self.alpha_bar[k][:, None, None]
+        return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
+
+    def loss(self, x0, action, return_to_go, keep) -> torch.Tensor:
+        """Mean squared error of the prediction over all but the known places [DAWM Eq. 2].
+
+        [deviation] Eq. 2 drops the whole condition; as in [DWM App.] only the return-to-go is dropped (`keep` 0), so
+        that guidance pushes the return and leaves the rollout tied to its state and action.
+        """
+        k = torch.randint(1, len(self.alpha_bar), (len(x0),), device=x0.device)
+        noise = torch.randn_like(x0)
+        x_k = self.pin(self.q_sample(x0, k, noise), x0)
+        prediction = self.denoiser(x_k, k, action, return_to_go, keep)
+        error = prediction - (noise if self.args.prediction == "noise" else x0)
+        error = self.pin(error, torch.zeros_like(error))
+        return error.square().sum() / (error.numel() - len(error) * (self.obs_dim + 1))
+
+
+# Copied from dawm_td3bc.py
+@torch.no_grad()
+def sample_rollouts(
+    args: Args, world_model: WorldModel, obs, action, return_to_go
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rollouts from obs [B, obs_dim], action [B, action_dim], return_to_go [B, 1] (in units of the return scale).
+
+    Returns obs [B, H+2, obs_dim], whose first is the given one to the bit, and reward [B, H+1], dataset units (H:
+    model_horizon).
+    """
+    batch, obs_dim, low, high = len(obs), obs.shape[1], world_model.low, world_model.high
+    known = torch.zeros(batch, args.model_horizon + 2, obs_dim + 1, device=obs.device)
+    known[:, 0, :obs_dim] = world_model.obs_units.normalize(obs)
+    # Both guidance branches, with and without return-to-go, go through the network as one batch.
+    action, return_to_go = torch.cat([action, action]), torch.cat([return_to_go, return_to_go])
+    keep = (torch.arange(2 * batch, device=obs.device) < batch).float()[:, None]
+    alpha_bar = cosine_alpha_bar(args.diffusion_steps)
+    steps = strided_steps(args.diffusion_steps, args.sampling_steps)
+    x = torch.randn_like(known)  # [DWM App.]; DD's code starts from half of it
+    for k, (weight_x0, weight_x_k, std) in reversed(
+        [*zip(steps, posterior_coefficients(alpha_bar, steps), strict=True)]
+    ):
+        world_model.pin(x, known)
+        k_batch = torch.full((2 * batch,), k, device=obs.device)
+        cond, uncond = world_model.denoiser(torch.cat([x, x]), k_batch, action, return_to_go, keep).chunk(2)
+        prediction = uncond + args.guidance_scale * (cond - uncond)  # [DD Eq. 8], its omega = 1 + [CFG]'s w
+        x0 = prediction
+        if args.prediction == "noise":
+            # At k = K this multiplies the network's error by 103 (K=5): the clamp makes the first step usable.
+            x0 = (x - (1 - alpha_bar[k]).sqrt().item() * prediction) / alpha_bar[k].sqrt().item()
+        x0 = world_model.pin(x0.clamp(low, high), known)
+        std = args.sampling_temperature * std  # scales std, not variance [DWM]; 0 at the last step
+        x = weight_x0 * x0 + weight_x_k * x + std * torch.randn_like(x)
+    rollout = torch.cat([obs[:, None], world_model.obs_units.denormalize(x[:, 1:, :obs_dim])], dim=1)
+    return rollout, world_model.reward_units.denormalize(x[:, :-1, -1:])[..., 0]
+
+
+# Copied from dawm_td3bc.py
+def train_world_model(args: Args, windows: Windows, run: Run) -> WorldModel:
+    """Fit the denoiser by Eq. 2, or by its x0 form; the returned model carries the averaged weights [DWM App.]."""
+    kept = Kept(run, "world model", train_world_model)
+    run.seed("world_model", args.world_model_seed)
+    world_model = WorldModel(args, windows).to(run.device)
+    if kept.tensors is not None:
+        world_model.load_state_dict(kept.tensors)
+        return world_model
+    ema_denoiser = copy.deepcopy(world_model.denoiser)
+    parameters, ema_parameters = list(world_model.denoiser.parameters()), list(ema_denoiser.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=args.world_model_lr, fused=True)
+    held_out = windows.held_out(args.world_model_holdout, args.world_model_seed)
+    train = (windows.usable & ~held_out).nonzero()[:, 0]
+    if not len(train):
+        raise UserError(f"--world-model-holdout {args.world_model_holdout} keeps every long episode away; lower it")
+    normalized = world_model.normalize(windows.obs, windows.reward)  # once, not for every batch
+    with run.stage("world model", args.world_model_steps, "update") as bar:
+        for step in range(1, args.world_model_steps + 1):
+            index = train[torch.randint(len(train), (args.world_model_batch_size,), device=run.device)]
+            x0 = normalized[windows.rows(index)]
+            x0[:, -1, -1] = 0
+            keep = (torch.rand(len(index), 1, device=run.device) >= args.cond_drop_prob).float()
+            loss = world_model.loss(x0, windows.action[index], windows.return_to_go[index, None], keep)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if step % args.ema_every == 0:
+                with torch.no_grad():
+                    rate = 1 - args.ema_decay if step > args.ema_start else 1.0
+                    torch._foreach_lerp_(ema_parameters, parameters, rate)
+            if step % args.log_every == 0 or step == args.world_model_steps:
+                run.log(step, {"world_model/loss": loss})
+            bar.update()
+    world_model.denoiser = ema_denoiser if args.world_model_steps >= args.ema_every else world_model.denoiser
+    kept.keep(world_model.state_dict())
+    return world_model
+
+
+# Copied from dawm_td3bc.py
+def measure_world_model(args: Args, world_model: WorldModel, windows: Windows, run: Run) -> None:
+    """Log the root mean squared error of rollouts on held-out windows, per step, in standard deviations of the data.
+
+    Each rollout is asked for its window's own return-to-go. Only step 1 measures the model alone: what follows depends
+    on the behaviour policy's noise too, which nothing can predict.
+    """
+    held_out = windows.held_out(args.world_model_holdout, args.world_model_seed)
+    index = (windows.fits & held_out).nonzero()[:, 0]
+    if not len(index):
+        return
+    run.seed("measure", args.world_model_seed)
+    index = index[torch.linspace(0, len(index) - 1, 2048, device=index.device).long()]
+    obs, reward = windows.obs[windows.rows(index)], windows.reward[windows.rows(index)]
+    target = windows.return_to_go[index, None]
+    made_obs, made_reward = sample_rollouts(args, world_model, obs[:, 0], windows.action[index], target)
+    obs_error = ((made_obs - obs) / (windows.obs.std(0) + 1e-6)).square().mean((0, 2)).sqrt()[1:]
+    reward_error = (
+        ((made_reward - reward[:, :-1]) / (windows.reward[windows.start].std() + 1e-6)).square().mean(0).sqrt()
+    )
+    names = [f"world_model/val_{what}_error_step{i + 1}" for what in ("obs", "reward") for i in range(len(obs_error))]
+    errors = torch.cat([obs_error, reward_error]).tolist()
+    run.log(args.world_model_steps, dict(zip(names, errors, strict=True)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Inverse dynamics: none. DWM uses imagined states and rewards only, never an imagined action.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Synthesis: real pairs to imagined futures
+# ---------------------------------------------------------------------------------------------------------------------
+# A future is one row: obs, action (both real), then, of each of H+1 imagined steps (H: model_horizon), the reward,
+# whether the episode is over after it, and the state.
+
+
+# Copied from dawm_td3bc.py
+def has_fallen(robot: str, obs: torch.Tensor) -> torch.Tensor:
+    """The simulator's own rule for the end of an episode, on obs [..., obs_dim] in dataset units -> bool [...]."""
+    if robot == "hopper":
+        height, angle = obs[..., 0], obs[..., 1]
+        return ~((obs[..., 1:].abs() < 100).all(-1) & (height > 0.7) & (angle.abs() < 0.2))
+    if robot == "walker2d":
+        height, angle = obs[..., 0], obs[..., 1]
+        return ~((height > 0.8) & (height < 2.0) & (angle.abs() < 1.0))
+    return torch.zeros(obs.shape[:-1], dtype=torch.bool, device=obs.device)  # halfcheetah never ends early
+
+
+# Adapted from dawm_td3bc.py: states and rewards stay as imagined, no action is filled in
+class Synthesizer:
+    """Imagines what follows real pairs [DWM]."""
+
+    def __init__(self, args: Args, robot: str, windows: Windows, world_model):
+        self.args, self.robot, self.windows, self.world_model = args, robot, windows, world_model
+
+    def __call__(self, index: torch.Tensor) -> torch.Tensor:
+        """Futures of the real pairs `index` [B] -> rows [B, obs_dim + action_dim + (H+1) * (2 + obs_dim)]."""
+        args, windows = self.args, self.windows
+        target = target_return(args)
+        if target == "own":
+            target = windows.return_to_go[index, None]
+        else:  # [DWM]: one g_eval for every pair
+            target = torch.full((len(index), 1), target, device=index.device)
+        obs, action = windows.obs[windows.start[index]], windows.action[index]
+        future, reward = sample_rollouts(args, self.world_model, obs, action, target)
+        over = windows.is_over(reward)
+        ended = has_fallen(self.robot, future[:, 1:])
+        ended[:, :-1] |= over[:, 1:]
+        return torch.cat([obs, action, reward.masked_fill(over, 0), ended, future[:, 1:].flatten(1)], dim=1)
+
+
+# Adapted from dawm_td3bc.py: futures of all pairs, for --rollouts stored
+def synthesize(args: Args, synthesizer: Synthesizer, run: Run) -> torch.Tensor:
+    """The future of every real pair -> rows [N, row_dim]."""
+    kept = Kept(run, "rollouts", synthesize, after=("world model",))
+    if kept.tensors is not None:
+        return kept.tensors["futures"]
+    run.seed("synthesis", args.synthesis_seed)
+    pairs = torch.arange(len(synthesizer.windows.start), device=run.device)
+    parts = []
+    with run.stage("rollouts", len(pairs), "pair") as bar:
+        for index in pairs.split(args.synthesis_batch_size):
+            parts.append(synthesizer(index))
+            bar.update(len(index))
+    futures = torch.cat(parts)
+    kept.keep({"futures": futures})
+    return futures
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. Agents: TD3+BC and IQL with imagined multi-step targets
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def mve_target(reward, ended, last_value, gamma: float) -> torch.Tensor:
+    """sum_{h<H} gamma^h r_h + gamma^H V(s_H) -> [B], Diffusion-MVE [DWM].
+
+    reward [B, H] from the real pair on; ended [B, H] of the states 1..H: what follows an end is worth 0; last_value [B]
+    of state H. [deviation] DWM has no `ended` (--termination none: all 0).
+    """
+    alive = torch.cumprod(1 - ended, dim=1)  # at states 1..H
+    discount = gamma ** torch.arange(reward.shape[1], device=reward.device)
+    reward = reward * torch.cat([torch.ones_like(alive[:, :1]), alive[:, :-1]], dim=1)
+    return (reward * discount).sum(1) + gamma ** reward.shape[1] * alive[:, -1] * last_value
+
+
+def lambda_return(reward, ended, value, gamma: float, weight: float, extra_reward=None) -> torch.Tensor:
+    """G_h = r_h + gamma [(1 - weight) V(s_{h+1}) + weight G_{h+1}] down to G_0 -> [B] [DWM Eq. 6.15 of the reprint].
+
+    reward, ended as above; value [B, H] of the states 1..H. weight 1 is Diffusion-MVE, 0 a one-step target.
+    [deviation] the printed recursion starts from G_H = r_H + gamma V(s_H), with `extra_reward` r_H [B]: a reward too
+    many, with which weight 1 is not Diffusion-MVE. Ours starts from V(s_H).
+    """
+    result = value[:, -1] if extra_reward is None else extra_reward + gamma * value[:, -1]
+    for h in reversed(range(reward.shape[1])):
+        result = reward[:, h] + gamma * (1 - ended[:, h]) * ((1 - weight) * value[:, h] + weight * result)
+    return result
+
+
+def imagined_target(args: Args, reward, ended, future, value) -> torch.Tensor:
+    """The critic's target at real pairs [B], from imagined reward and ended [B, H+1] and states [B, H+1, obs_dim].
+
+    `value` maps states [N, obs_dim] to [N].
+    """
+    steps = args.simulation_horizon
+    states, ended = future[:, :steps], ended[:, :steps] * (args.termination == "rule")
+    if not args.lambda_return:
+        return mve_target(reward[:, :steps], ended, value(states[:, -1]), args.gamma)
+    values = value(states.flatten(0, 1)).view(len(states), steps)
+    extra_reward = reward[:, steps] if args.lambda_base == "printed" else None
+    return lambda_return(reward[:, :steps], ended, values, args.gamma, args.lambda_weight, extra_reward)
+
+
+# Copied from dawm_td3bc.py
+def mlp(in_dim: int, out_dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(in_dim, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, out_dim))
+
+
+# Copied from dawm_td3bc.py
+class Actor(nn.Module):
+    """Deterministic policy: obs [B, obs_dim], dataset units -> action [B, action_dim] in [-1, 1]."""
+
+    def __init__(self, obs_mean: torch.Tensor, obs_std: torch.Tensor, action_dim: int):
+        super().__init__()
+        self.register_buffer("obs_mean", obs_mean)
+        self.register_buffer("obs_std", obs_std)
+        self.net = mlp(len(obs_mean), action_dim)
+
+    def forward(self, obs):
+        return torch.tanh(self.net((obs - self.obs_mean) / self.obs_std))
+
+
+# Copied from dawm_td3bc.py
+class Critic(nn.Module):
+    """Q(obs, action) -> [B]; obs in dataset units."""
+
+    def __init__(self, obs_mean: torch.Tensor, obs_std: torch.Tensor, action_dim: int):
+        super().__init__()
+        self.register_buffer("obs_mean", obs_mean)
+        self.register_buffer("obs_std", obs_std)
+        self.net = mlp(len(obs_mean) + action_dim, 1)
+
+    def forward(self, obs, action):
+        return self.net(torch.cat([(obs - self.obs_mean) / self.obs_std, action], dim=1))[:, 0]
+
+
+# Adapted from dawm_td3bc.py: its critics learn from imagined futures
+class TD3BC:
+    """Actor, twin critics and their targets; `update` is one step of [DWM], with its TD3+BC."""
+
+    def __init__(self, args: Args, obs: torch.Tensor, action_dim: int):
+        self.args, self.obs_dim = args, obs.shape[1]
+        steps = args.model_horizon + 1
+        self.sizes = [self.obs_dim, action_dim, steps, steps, steps * self.obs_dim]  # of a row's parts
+        units = obs.mean(0), obs.std(0) + 1e-3, action_dim  # [TD3BC Sec. 5]
+        self.actor, self.qf1, self.qf2 = (net(*units).to(obs.device) for net in (Actor, Critic, Critic))
+        self.actor_target, self.qf1_target, self.qf2_target = map(copy.deepcopy, (self.actor, self.qf1, self.qf2))
+        self.qf_parameters = [*self.qf1.parameters(), *self.qf2.parameters()]
+        self.actor_parameters = list(self.actor.parameters())
+        self.parameters = self.actor_parameters + self.qf_parameters
+        targets = (self.actor_target, self.qf1_target, self.qf2_target)
+        self.target_parameters = [parameter for net in targets for parameter in net.parameters()]
+        self.actor_optimizer = torch.optim.Adam(self.actor_parameters, lr=args.agent_lr, fused=True)
+        self.qf_optimizer = torch.optim.Adam(self.qf_parameters, lr=args.agent_lr, fused=True)
+
+    def update(self, batch: torch.Tensor, update_actor: bool) -> dict[str, torch.Tensor]:
+        """One critic update on rows [B, row_dim] and, if asked for, one actor and target update. Returns losses."""
+        obs, action, reward, ended, future = batch.split(self.sizes, dim=1)
+        target = self.target(reward, ended, future.view(len(future), -1, self.obs_dim))
+        qf_loss = F.mse_loss(self.qf1(obs, action), target) + F.mse_loss(self.qf2(obs, action), target)
+        self.qf_optimizer.zero_grad()
+        qf_loss.backward(inputs=self.qf_parameters)
+        self.qf_optimizer.step()
+        losses = {"agent/qf_loss": qf_loss.detach(), "agent/qf_target": target.mean()}
+        if update_actor:
+            actor_loss, bc_loss = self.actor_loss(obs, action)
+            self.actor_optimizer.zero_grad()
+            actor_loss.backward(inputs=self.actor_parameters)
+            self.actor_optimizer.step()
+            with torch.no_grad():
+                torch._foreach_lerp_(self.target_parameters, self.parameters, self.args.tau)
+            losses |= {"agent/actor_loss": actor_loss.detach(), "agent/bc_loss": bc_loss.detach()}
+        return losses
+
+    @torch.no_grad()
+    def target(self, reward, ended, future) -> torch.Tensor:
+        """The critics' target at the real pairs: imagined rewards, then min Q' [DWM]."""
+        return imagined_target(self.args, reward, ended, future, self.target_value)
+
+    def target_value(self, obs) -> torch.Tensor:
+        """min Q'(s, a), a = target policy plus clipped noise [TD3BC], obs [B, obs_dim] -> [B]."""
+        args, action = self.args, self.actor_target(obs)
+        noise = (torch.randn_like(action) * args.policy_noise).clamp(-args.noise_clip, args.noise_clip)
+        action = (action + noise).clamp(-1, 1)
+        return torch.minimum(self.qf1_target(obs, action), self.qf2_target(obs, action))
+
+    def actor_loss(self, obs, action) -> tuple[torch.Tensor, torch.Tensor]:
+        """-lambda Q + behaviour cloning, and the latter alone; lambda = bc_alpha / mean|Q| [TD3BC Eq. 5].
+
+        [deviation] [DAWM Alg. 2] prints descent on +Q and lambda on both terms, with which the actor would minimise Q.
+        """
+        policy_action = self.actor(obs)
+        q = self.qf1(obs, policy_action)
+        bc_loss = F.mse_loss(policy_action, action)
+        return -self.args.bc_alpha / q.abs().mean().detach() * q.mean() + bc_loss, bc_loss
+
+
+# Copied from dawm_iql.py
+class Policy(nn.Module):
+    """Policy: obs [B, obs_dim], dataset units -> its mean action [B, action_dim], what evaluation runs [IQL code].
+
+    A Gaussian whose mean the network gives unbounded, with one free log standard deviation per action dimension; or a
+    deterministic policy in [-1, 1].
+    """
+
+    def __init__(self, obs_mean: torch.Tensor, obs_std: torch.Tensor, action_dim: int, kind: str):
+        super().__init__()
+        self.register_buffer("obs_mean", obs_mean)
+        self.register_buffer("obs_std", obs_std)
+        self.net = mlp(len(obs_mean), action_dim)
+        self.log_std = nn.Parameter(torch.zeros(action_dim)) if kind == "gaussian" else None
+
+    def forward(self, obs):
+        mean = self.net((obs - self.obs_mean) / self.obs_std)
+        return mean if self.log_std is not None else torch.tanh(mean)
+
+    def log_prob(self, obs, action):
+        """Log-density of action -> [B]; of the deterministic policy minus the squared distance [IQL code]."""
+        if self.log_std is None:
+            return -(self(obs) - action).square().sum(1)
+        log_std = self.log_std.clamp(-5, 2)
+        return (-0.5 * ((action - self(obs)) / log_std.exp()).square() - log_std - 0.5 * math.log(2 * math.pi)).sum(1)
+
+
+# Copied from dawm_iql.py
+class Value(nn.Module):
+    """V(obs) -> [B]; obs in dataset units."""
+
+    def __init__(self, obs_mean: torch.Tensor, obs_std: torch.Tensor):
+        super().__init__()
+        self.register_buffer("obs_mean", obs_mean)
+        self.register_buffer("obs_std", obs_std)
+        self.net = mlp(len(obs_mean), 1)
+
+    def forward(self, obs):
+        return self.net((obs - self.obs_mean) / self.obs_std)[:, 0]
+
+
+# Copied from dawm_iql.py
+def expectile_loss(difference: torch.Tensor, expectile: float) -> torch.Tensor:
+    """|expectile - 1[difference < 0]| difference^2, averaged [IQL Eq. 5].
+
+    [deviation] [DAWM Alg. 3] prints the plain square: then V is the data policy's value, and nothing improves on it.
+    """
+    return ((difference < 0).float() - expectile).abs().mul(difference.square()).mean()
+
+
+# Adapted from dawm_iql.py: its critics learn from imagined futures
+class IQL:
+    """Policy, value, twin critics and their targets; `update` is one step of [DWM], with its IQL.
+
+    [deviation] DWM bounds the policy by a tanh; ours is DAWM-IQL's, so that the targets alone tell the two apart.
+    """
+
+    def __init__(self, args: Args, obs: torch.Tensor, action_dim: int, reward_factor: float):
+        self.args, self.reward_factor, self.obs_dim = args, reward_factor, obs.shape[1]
+        steps = args.model_horizon + 1
+        self.sizes = [self.obs_dim, action_dim, steps, steps, steps * self.obs_dim]  # of a row's parts
+        mean, std = obs.mean(0), obs.std(0) + 1e-3
+        if not args.normalize_obs:
+            mean, std = torch.zeros_like(mean), torch.ones_like(std)
+        self.actor = Policy(mean, std, action_dim, args.policy).to(obs.device)
+        self.qf1, self.qf2 = (Critic(mean, std, action_dim).to(obs.device) for _ in range(2))
+        self.vf = Value(mean, std).to(obs.device)
+        self.qf1_target, self.qf2_target = copy.deepcopy(self.qf1), copy.deepcopy(self.qf2)
+        self.qf_parameters = [*self.qf1.parameters(), *self.qf2.parameters()]
+        self.qf_target_parameters = [*self.qf1_target.parameters(), *self.qf2_target.parameters()]
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=args.agent_lr, fused=True)
+        self.qf_optimizer = torch.optim.Adam(self.qf_parameters, lr=args.agent_lr, fused=True)
+        self.vf_optimizer = torch.optim.Adam(self.vf.parameters(), lr=args.agent_lr, fused=True)
+        actor_updates = max(1, args.agent_updates // args.policy_delay)
+        self.actor_schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.actor_optimizer, actor_updates)
+
+    def update(self, batch: torch.Tensor, update_actor: bool) -> dict[str, torch.Tensor]:
+        """One update of value and critics on rows [B, row_dim] and, if asked for, of targets and policy. Losses."""
+        obs, action, reward, ended, future = batch.split(self.sizes, dim=1)
+        # Both before any network moves, as in IQL's code.
+        target = self.target(reward, ended, future.view(len(future), -1, self.obs_dim))
+        with torch.no_grad():  # the target critics, as in IQL's code; the online ones are printed [deviation]
+            q = torch.minimum(self.qf1_target(obs, action), self.qf2_target(obs, action))
+        advantage = q - self.vf(obs)
+        vf_loss = expectile_loss(advantage, self.args.expectile)
+        self.vf_optimizer.zero_grad()
+        vf_loss.backward()
+        self.vf_optimizer.step()
+        qf_loss = (F.mse_loss(self.qf1(obs, action), target) + F.mse_loss(self.qf2(obs, action), target)) / 2
+        self.qf_optimizer.zero_grad()
+        qf_loss.backward()
+        self.qf_optimizer.step()
+        losses = {
+            "agent/vf_loss": vf_loss.detach(),
+            "agent/qf_loss": qf_loss.detach(),
+            "agent/qf_target": target.mean(),
+        }
+        if update_actor:
+            with torch.no_grad():
+                torch._foreach_lerp_(self.qf_target_parameters, self.qf_parameters, self.args.tau)
+            actor_loss, weight = self.actor_loss(obs, action, advantage.detach())
+            self.actor_optimizer.zero_grad()
+            actor_loss.backward()
+            self.actor_optimizer.step()
+            self.actor_schedule.step()
+            losses |= {"agent/actor_loss": actor_loss.detach(), "agent/actor_weight": weight.mean()}
+        return losses
+
+    @torch.no_grad()
+    def target(self, reward, ended, future) -> torch.Tensor:
+        """The critics' target at the real pairs: imagined rewards, scaled, then V [DWM]."""
+        return imagined_target(self.args, self.reward_factor * reward, ended, future, self.vf)
+
+    def actor_loss(self, obs, action, advantage) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weighted cloning of the action in the transition, and the weights exp(beta A) up to a cap [IQL Eq. 7].
+
+        [deviation] [DAWM Alg. 3] prints the advantage of the policy's own action and a log-density without an action,
+        which would leave the policy without any supervision, and a sign that would drive good actions away.
+        """
+        weight = (self.args.awr_beta * advantage).exp().clamp(max=self.args.max_weight)
+        return -(weight * self.actor.log_prob(obs, action)).mean(), weight
+
+
+# Copied from dawm_iql.py
+def reward_factor(args: Args, dataset: OfflineDataset) -> float:
+    """1000 / (best - worst episode return) of the real data, for generated rewards too [IQL code]."""
+    if not args.reward_scaling:
+        return 1.0
+    spread = float(dataset.returns.max() - dataset.returns.min())
+    if not spread > 0:
+        raise UserError(f"every episode of {args.env_id} has the same return; use --no-reward-scaling")
+    return 1000 / spread
+
+
+# Adapted from dawm_td3bc.py: real pairs with their imagined futures
+def batches(args: Args, synthetic: torch.Tensor | None, synthesizer: Synthesizer):
+    """Endless (rows, update_actor): real pairs with their futures, and whether the actor follows the critic."""
+    pairs, device, update = len(synthesizer.windows.start), synthesizer.windows.start.device, 0
+    while True:
+        update += 1
+        index = torch.randint(pairs, (args.agent_batch_size,), device=device)
+        yield synthesizer(index) if synthetic is None else synthetic[index], update % args.policy_delay == 0
+
+
+# Adapted from dawm_td3bc.py: two agents, imagined futures
+def train_agent(args: Args, dataset: OfflineDataset, synthetic, synthesizer, evaluator: Evaluator, run: Run):
+    """TD3+BC or IQL on real pairs and imagined futures -> the actor, and the mean return of every evaluation."""
+    run.seed("agent", args.seed)
+    obs = torch.as_tensor(dataset.obs, device=run.device)
+    if args.agent == "td3bc":
+        agent = TD3BC(args, obs, dataset.action.shape[1])
+    else:
+        agent = IQL(args, obs, dataset.action.shape[1], reward_factor(args, dataset))
+    source, losses, returns = batches(args, synthetic, synthesizer), {}, []
+    with run.stage("agent", args.agent_updates, "update") as bar:
+        for update in range(1, args.agent_updates + 1):
+            losses |= agent.update(*next(source))
+            if update % args.log_every == 0 or update == args.agent_updates:
+                run.log(update, losses)
+            if update % args.eval_every == 0 or update == args.agent_updates:
+                returns.append(evaluate(agent.actor, evaluator, dataset, update, run))
+                bar.set_postfix(episodic_return=f"{returns[-1]:.0f}")
+            bar.update()
+    save_file(agent.actor.state_dict(), run.folder / "actor.safetensors")
+    return agent.actor, returns
+
+
+# Copied from dawm_td3bc.py
+def evaluate(actor: nn.Module, evaluator: Evaluator, dataset: OfflineDataset, update: int, run: Run) -> float:
+    """Mean return of whole episodes of the deterministic actor [TD3BC]; logs it, and the score where one is defined."""
+
+    @torch.no_grad()
+    def policy(obs: np.ndarray) -> np.ndarray:
+        return actor(torch.as_tensor(obs, device=run.device)).cpu().numpy()
+
+    with run.timed("evaluation"):
+        returns = evaluator(policy, seed=run.args.seed + 100)  # as TD3BC's code
+    mean = float(returns.mean())
+    score = normalized_score(dataset.robot, mean)
+    run.log(
+        update,
+        {"eval/episodic_return": mean, "eval/episodic_return_std": returns.std()}
+        | ({} if score is None else {"eval/normalized_score": score}),
+    )
+    return mean
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. The whole method [DWM]
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main(args: Args) -> float:
+    args.policy_delay = {"td3bc": 2, "iql": 1}[args.agent] if args.policy_delay is None else args.policy_delay
+    args.lambda_return = args.agent == "iql" if args.lambda_return is None else args.lambda_return
+    check_args(args)
+    run = Run(args)
+    with run.timed("data"):
+        dataset = load_dataset(args.env_id, args.data_path)
+    args.physics = dataset.physics if args.physics == "auto" else args.physics
+    evaluator = Evaluator(
+        dataset.simulator, args.physics, args.eval_episodes, dataset.simulator_kwargs, dataset.obs.shape[1]
+    )
+    windows = Windows(args, dataset, run.device)
+    run.describe(dataset.facts(), return_scale=windows.return_scale, target_return=target_return(args))
+    world_model = train_world_model(args, windows, run)
+    measure_world_model(args, world_model, windows, run)
+    synthesizer = Synthesizer(args, dataset.robot, windows, world_model)
+    synthetic = synthesize(args, synthesizer, run) if args.rollouts == "stored" else None
+    _, returns = train_agent(args, dataset, synthetic, synthesizer, evaluator, run)
+    run.finish(score_report(dataset.robot, dataset.returns, returns, evaluator))
+    return returns[-1]
+
+
+if __name__ == "__main__":
+    run_script(main, Args, LAPTOP)
