@@ -1,12 +1,13 @@
 # make demo   install, make the local Hopper data, run DAWM-TD3BC at laptop scale, print the score
 # make test   install, lint, test
+# make peers  install d3rlpy into an environment of its own, for experiments/peers.sh
 # Another interpreter: make demo PYTHON=python3.12
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test clean
+.PHONY: demo test peers clean
 
 demo: $(VENV)/.run-installed
 	$(BIN)/python dawm_td3bc.py --env-id local/hopper/medium-v0 --laptop
@@ -15,6 +16,11 @@ test: $(VENV)/.dev-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+# d3rlpy pins gymnasium 1.0.0, so it cannot share our environment.
+peers:
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --disable-pip-version-check -r requirements-peers.txt
 
 $(VENV)/bin/python:
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11, 3.12 or 3.13, or name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 2; }
@@ -31,4 +37,4 @@ $(VENV)/.dev-installed: requirements-dev.txt requirements.txt $(VENV)/bin/python
 	@touch $@ $(VENV)/.run-installed
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-peers

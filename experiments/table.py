@@ -1,11 +1,12 @@
 """Markdown tables of scores and of model errors from finished runs: python experiments/table.py RUNS_FOLDER
 
 Runs that differ in nothing but the agent's seed form one row. Scores are D4RL's, 0-100: mean and standard deviation
-(n - 1) over seeds of the final evaluation, of the mean of the last 10, and of the best, which is hindsight. "data" is
-the score of the data's own mean return.
+(n - 1) over seeds of the final evaluation, of the mean of the last 10, and of the best, which is hindsight. "minutes"
+is the mean wall time of a run beside a second one, without the stages that it found kept.
 """
 
 import json
+import re
 import statistics
 import sys
 from collections import defaultdict
@@ -21,7 +22,17 @@ def read_run(folder: Path) -> tuple[dict, dict[str, list[float]]]:
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         for name, value in json.loads(line).items():
             metrics[name].append(value)
-    return json.loads((folder / "args.json").read_text()), metrics
+    content = json.loads((folder / "args.json").read_text())
+    content["seconds"] = float(re.search(r"^total +([\d.]+) s", (folder / "summary.txt").read_text(), flags=re.M)[1])
+    return content, metrics
+
+
+def command(content: dict) -> str:
+    """The command line of a run without what all runs share."""
+    words, shared = list(content["command"]), ("--env-id", "--run-dir", "--stage-dir", "--exp-name", "--seed")
+    words[0] = Path(words[0]).name
+    kept = [w for i, w in enumerate(words) if w not in (*shared, "--laptop") and words[i - 1] not in shared]
+    return " ".join(kept)
 
 
 def spread(values: list[float], digits: int = 1) -> str:
@@ -37,30 +48,35 @@ def main(root: Path) -> None:
         groups[json.dumps(same, sort_keys=True) + content["data"]["sha256"]].append((content, metrics))
     if not groups:
         sys.exit(f"no finished run in {root}; give the --run-dir of the runs")
-    print("| script | data set | synthetic fraction | seeds | final | mean of last 10 | best (hindsight) | data |")
-    print("|---|---|---|---|---|---|---|---|")
+    rows = []
     for runs in groups.values():
         content = runs[0][0]
-        args = content["args"]
         if "eval/normalized_score" not in runs[0][1]:
             continue  # no reference returns: see the runs' own summary.txt
         scores = [metrics["eval/normalized_score"] for _, metrics in runs]
         columns = [
-            f"`{args['exp_name']}.py`",
-            args["env_id"],
-            f"{args['synthetic_fraction']:g}",
+            f"`{command(content)}`",
+            content["args"]["env_id"],
             ", ".join(str(found["args"]["seed"]) for found, _ in runs),
             spread([s[-1] for s in scores]),
             spread([statistics.mean(s[-10:]) for s in scores]),
             spread([max(s) for s in scores]),
-            f"{normalized_score(content['data']['robot'], content['data']['mean_return']):.1f}",
+            f"{statistics.mean(found['seconds'] for found, _ in runs) / 60:.1f}",
         ]
-        print("| " + " | ".join(columns) + " |")
+        rows.append("| " + " | ".join(columns) + " |")
+        own = normalized_score(content["data"]["robot"], content["data"]["mean_return"])
+    print("| command | data set | seeds | final | mean of last 10 | best (hindsight) | minutes |")
+    print("|---|---|---|---|---|---|---|")
+    print("\n".join(sorted(rows, key=lambda row: (row.count("--"), row))))
+    print(f"\nThe data's own mean: {own:.1f}")
+    told = set()  # many runs share one world model
     for runs in groups.values():
         content, metrics = runs[0]
-        if "world_model/val_obs_error_step1" not in metrics:
+        errors = tuple(metrics["world_model/val_obs_error_step1"])
+        if not errors or errors in told or "idm/best_val_mse" not in metrics:
             continue
-        steps = range(1, content["args"]["horizon"] + 2)
+        told.add(errors)
+        steps = range(1, content["args"]["model_horizon"] + 2)
         print(f"\n{content['args']['env_id']}, held-out episodes: RMSE in standard deviations, by rollout step\n")
         print("| | " + " | ".join(map(str, steps)) + " |\n|---" + "|---" * len(steps) + "|")
         for what in ("obs", "reward"):
