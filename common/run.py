@@ -6,6 +6,7 @@ import datetime
 import hashlib
 import importlib.metadata
 import inspect
+import io
 import itertools
 import json
 import os
@@ -19,7 +20,7 @@ import tempfile
 import textwrap
 import time
 import typing
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 import numpy as np
@@ -52,12 +53,27 @@ def parse_args(args_class: type, laptop: dict):
         for heading, fields in groups.items()
     ]
     parts = [(name, part, dataclasses.field(default_factory=part)) for name, part in parts]
-    nested = tyro.cli(
-        dataclasses.make_dataclass("Args", parts),
-        description=sys.modules[args_class.__module__].__doc__,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    told = io.StringIO()
+    try:
+        with redirect_stderr(told):
+            nested = tyro.cli(
+                dataclasses.make_dataclass("Args", parts),
+                description=sys.modules[args_class.__module__].__doc__,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise  # --help
+        raise UserError(_one_line(told.getvalue()))
     return args_class(**{k: v for part in vars(nested).values() for k, v in vars(part).items()})
+
+
+def _one_line(box: str) -> str:
+    """What tyro says in a box of several lines: the message, and the first option that it suggests."""
+    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
+    message = " ".join(itertools.takewhile(lambda line: not line.startswith("──"), lines)).rstrip(".")
+    meant = [line.split()[0] for line in lines if line.startswith("--")] if "Perhaps you meant:" in lines else []
+    return "; ".join([message, *(f"perhaps {option}" for option in meant[:1]), "--help lists all arguments"])
 
 
 def check_range(args, low: float, high: float, names: str) -> None:
