@@ -70,10 +70,12 @@ def parse_args(args_class: type, laptop: dict):
 
 def _one_line(box: str) -> str:
     """What tyro says in a box of several lines: the message, and the first option that it suggests."""
-    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
-    message = " ".join(itertools.takewhile(lambda line: not line.startswith("──"), lines)).rstrip(".")
-    meant = [line.split()[0] for line in lines if line.startswith("--")] if "Perhaps you meant:" in lines else []
-    return "; ".join([message, *(f"perhaps {option}" for option in meant[:1]), "--help lists all arguments"])
+    lines = [line.strip("│ ") for line in box.strip().splitlines()]
+    groups = [list(group) for rule, group in itertools.groupby(lines, lambda line: not line.strip("─-")) if not rule]
+    # A drawn box has the title in its first line; where it cannot be drawn, the title stands above a rule.
+    message = groups[0][1:] if groups[0][0].startswith("╭") else groups[1]
+    meant = [group[1].split()[0] for group in groups if group[0] == "Perhaps you meant:"]
+    return "; ".join([" ".join(message).rstrip("."), *(f"perhaps {x}" for x in meant), "--help lists all arguments"])
 
 
 def check_range(args, low: float, high: float, names: str) -> None:
