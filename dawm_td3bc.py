@@ -207,6 +207,7 @@ LAPTOP = dict(
     idm_width=256,
     synthesis_batch_size=1024,
     agent_updates=25_000,
+    bc_alpha=1.0,  # Q has grown to half of its height by then, and lambda divides by it (README)
     eval_every=2_500,
 )
 

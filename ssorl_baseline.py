@@ -163,6 +163,7 @@ LAPTOP = dict(
     idm_width=256,
     normalize_obs=True,  # for IQL [DWM App.]; without it so few updates leave a poor clone (README)
     agent_updates=25_000,
+    bc_alpha=1.0,  # Q has grown to half of its height by then, and lambda divides by it (README)
     eval_every=2_500,
 )
 

@@ -4,7 +4,8 @@ Every transition of a kept synthetic set keeps its state and its filled-in actio
 are replaced by what MuJoCo does from there. `--source real` leaves the models out altogether: real states, eight times,
 each with a cloned action plus noise of the behaviour's size. Hopper, laptop scale; about three minutes per run.
 
-    python experiments/true_dynamics.py runs/stages/synthesis-0123456789abcdef
+    python experiments/true_dynamics.py runs/stages/synthesis-0123456789abcdef          # and how falls were told
+    python experiments/true_dynamics.py runs/stages/synthesis-0123456789abcdef --count   # only that
     python experiments/true_dynamics.py --source real
 """
 
@@ -64,6 +65,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("synthetic", nargs="?", type=Path, help="folder of a kept synthetic set")
     parser.add_argument("--source", choices=("synthetic", "real"), default="synthetic")
+    parser.add_argument("--count", action="store_true", help="only count the falls, train nothing")
+    parser.add_argument("--bc-alpha", type=float, default=LAPTOP["bc_alpha"])
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if (options.synthetic is None) != (options.source == "real"):
@@ -71,19 +74,28 @@ def main() -> None:
     name = f"true_dynamics_{options.source}"
     args = Args(**{**asdict(Args()), **LAPTOP, "env_id": "local/hopper/medium-v0", "physics": "d4rl"})
     args.seed, args.exp_name, args.run_dir = options.seed, name, Path("runs/true_dynamics")
-    run = Run(args)
+    args.bc_alpha = options.bc_alpha
     dataset = load_dataset(args.env_id)
-    run.describe(dataset.facts())
-    run.seed("clone", 0)
     if options.source == "real":
+        torch.manual_seed(0)
         obs, action = cloned_pairs(dataset, copies=8, noise=0.2)
     else:
         rows = load_file(options.synthetic / "tensors.safetensors")["transitions"]
-        obs, action = rows[:, :11], rows[:, 11:14]
+        obs, action, told = rows[:, :11], rows[:, 11:14], rows[:, -1] > 0
     next_obs, reward = simulate(obs.numpy(), action.numpy())
     next_obs = torch.as_tensor(next_obs, dtype=torch.float32)
+    fallen = has_fallen("hopper", next_obs)
+    if options.source == "synthetic":
+        print(
+            f"{len(told):,} transitions: {fallen.sum():,} end in a fall in the simulator, {told.sum():,} are marked "
+            f"as ends, {(fallen & told).sum():,} are both"
+        )
+        if options.count:
+            return
+    run = Run(args)
+    run.describe(dataset.facts())
     columns = [obs, action, torch.as_tensor(reward, dtype=torch.float32)[:, None], next_obs]
-    rows = torch.cat([*columns, has_fallen("hopper", next_obs)[:, None]], dim=1)
+    rows = torch.cat([*columns, fallen[:, None]], dim=1)
     assert rows.shape[1] == real_transitions(dataset, run.device).shape[1]
     evaluator = Evaluator("Hopper-v4", "d4rl", args.eval_episodes)
     _, returns = train_agent(args, dataset, rows, None, evaluator, run)
