@@ -299,9 +299,6 @@ class Windows:
         last = np.cumsum(dataset.lengths) - 1  # last row of each episode
         # One token per state: an episode of T transitions has T+1 of them, so its rows shift by its number.
         obs = np.insert(dataset.obs, last + 1, dataset.next_obs[last], axis=0)
-        low, high = float(dataset.reward.min()), float(dataset.reward.max())
-        self.end_reward, self.end_margin = low - (high - low) / 4, low - (high - low) / 8
-        reward = np.insert(dataset.reward, last + 1, self.end_reward)
         start, final = np.arange(len(episode)) + episode, (last + 1 + np.arange(len(last)))[episode]
         fits = start + args.model_horizon + 1 <= final
         if not fits.any():
@@ -312,6 +309,11 @@ class Windows:
         if len(last) < 2:
             raise UserError(f"{args.env_id} has one episode; held-out measurements need two or more")
         usable = fits | dataset.terminated[last][episode] if args.window_padding == "absorbing" else fits
+        low, high = float(dataset.reward.min()), float(dataset.reward.max())
+        self.end_reward, self.end_margin = low, -math.inf
+        if (usable & ~fits).any():  # else no window shows an end, and nothing that is generated may count as one
+            self.end_reward, self.end_margin = low - (high - low) / 4, low - (high - low) / 8
+        reward = np.insert(dataset.reward, last + 1, self.end_reward)
         return_to_go = discounted_return_to_go(dataset.reward, dataset.lengths, args.gamma)
         if args.return_to_go == "window":
             beyond = np.append(return_to_go, 0)[
@@ -804,19 +806,18 @@ class Synthesizer:
             target = torch.full((len(index), 1), target, device=index.device)
         obs, action = windows.obs[windows.start[index]], windows.action[index]
         obs, reward = sample_rollouts(args, self.world_model, obs, action, target)
-        obs, reward = obs[:, : args.horizon + 2], reward[:, : args.horizon + 1]
-        # Triples for steps 1..H; the context of the first is the real state [DAWM Sec. 4].
-        triples = torch.cat([obs[:, :-2], obs[:, 1:-1], obs[:, 2:]], dim=-1)
-        with torch.no_grad():
-            action = torch.cat([action[:, None], self.inverse_dynamics(triples)], dim=1)
         # [deviation] The boxes have no (1 - terminated); without it no critic learns that a fall ends the rewards. The
         # simulator's rule alone misses half of the falls, which end just inside its limits, and values then grow
         # without bound on the frozen states that follow (README).
         over = windows.is_over(reward)
-        reward = reward.masked_fill(over, 0)
         terminated = has_fallen(self.robot, obs[:, 1:])
         terminated[:, :-1] |= over[:, 1:]
-        terminated &= args.termination == "rule"
+        terminated = terminated[:, : args.horizon + 1] & (args.termination == "rule")
+        obs, reward = obs[:, : args.horizon + 2], reward.masked_fill(over, 0)[:, : args.horizon + 1]
+        # Triples for steps 1..H; the context of the first is the real state [DAWM Sec. 4].
+        triples = torch.cat([obs[:, :-2], obs[:, 1:-1], obs[:, 2:]], dim=-1)
+        with torch.no_grad():
+            action = torch.cat([action[:, None], self.inverse_dynamics(triples)], dim=1)
         ended_before = torch.cumsum(terminated, 1) - terminated.int() > 0
         rows = [obs[:, :-1], action, reward[..., None], obs[:, 1:], terminated[..., None]]
         return torch.cat(rows, dim=-1), ~ended_before
@@ -972,7 +973,7 @@ def batches(args: Args, real: torch.Tensor, synthetic: torch.Tensor | None, synt
 
 
 def train_agent(args: Args, dataset: OfflineDataset, synthetic, synthesizer, evaluator: Evaluator, run: Run):
-    """TD3+BC on synthetic and real rows -> the actor, and the mean return of every evaluation, in order."""
+    """TD3+BC on synthetic and real rows -> the mean return of every evaluation, in order; keeps the actor."""
     run.seed("agent", args.seed)
     real = real_transitions(dataset, run.device)
     agent = TD3BC(args, real[:, : dataset.obs.shape[1]], dataset.action.shape[1])
@@ -987,7 +988,7 @@ def train_agent(args: Args, dataset: OfflineDataset, synthetic, synthesizer, eva
                 bar.set_postfix(episodic_return=f"{returns[-1]:.0f}")
             bar.update()
     save_file(agent.actor.state_dict(), run.folder / "actor.safetensors")
-    return agent.actor, returns
+    return returns
 
 
 def evaluate(actor: nn.Module, evaluator: Evaluator, dataset: OfflineDataset, update: int, run: Run) -> float:
@@ -1035,7 +1036,7 @@ def main(args: Args) -> float:
     else:
         run.describe(dataset.facts())
         run.say("control", "--synthetic-fraction 0: no world model, no inverse dynamics, the agent on the real data")
-    _, returns = train_agent(args, dataset, synthetic, synthesizer, evaluator, run)
+    returns = train_agent(args, dataset, synthetic, synthesizer, evaluator, run)
     run.finish(score_report(dataset.robot, dataset.returns, returns, evaluator))
     return returns[-1]
 

@@ -130,9 +130,9 @@ class Args:
     simulation_horizon: int = 7
     """H: imagined rewards in a target, at most --model-horizon [DWM App.]"""
     synthesis_seed: int = 100
-    """seed of the sampling noise in dataset mode [unspecified]"""
+    """seed of the sampling noise of stored rollouts [unspecified]"""
     synthesis_batch_size: int = 4096
-    """rollouts generated together in dataset mode [unspecified]"""
+    """rollouts generated together for storing [unspecified]"""
     sampling_steps: int = 3
     """N denoising steps out of K [DAWM App.]"""
     sampling_temperature: float = 0.5
@@ -142,7 +142,7 @@ class Args:
     target_return: float | Literal["own"] | None = None
     """return-to-go asked for, in return scales; default from TASKS [unspecified]; own: each pair's real one"""
     termination: Literal["none", "rule"] = "none"
-    """go on through falls as published, or end the sum where the simulator's rule says fallen [deviation]"""
+    """go on through falls as published, or end the sum at a fall or the model's own sign of an end [deviation]"""
 
     # ---- Agent
     agent_updates: int = 500_000
@@ -162,23 +162,23 @@ class Args:
     lambda_base: Literal["corrected", "printed"] = "corrected"
     """where that recursion starts; as printed one reward too many is added [deviation]"""
     policy_noise: float = 0.2
-    """standard deviation of the target action's noise, in units of the action range's half; 0 as printed [deviation]"""
+    """td3bc: standard deviation of the target action's noise, in units of the action range's half [DWM App.]"""
     noise_clip: float = 0.5
-    """bound of that noise [TD3BC]"""
+    """td3bc: bound of that noise [DWM App.]"""
     bc_alpha: float = 2.5
-    """weight of Q against behaviour cloning [TD3BC Eq. 5]"""
+    """td3bc: weight of Q against behaviour cloning [DWM App.]"""
     expectile: float = 0.7
-    """of the value loss [IQL Eq. 5]; 0.5 is the symmetric loss that is printed [deviation]"""
+    """iql: of the value loss [DWM App.]"""
     awr_beta: float = 3.0
-    """inverse temperature of the policy's weights; [unspecified], IQL's code"""
+    """iql: inverse temperature of the policy's weights [DWM App.]"""
     max_weight: float = 100.0
-    """cap of the policy's weights; [unspecified], IQL's code"""
+    """iql: cap of the policy's weights [DWM App.]"""
     policy: Literal["gaussian", "deterministic"] = "gaussian"
-    """free standard deviation and no bounds, or tanh and squared error; [unspecified], IQL's code has both"""
+    """iql: free standard deviation and no bounds, or tanh and squared error; DWM's is a bounded Gaussian [deviation]"""
     reward_scaling: bool = True
-    """rewards times 1000 / (best - worst episode return of the real data); [unspecified], IQL's code"""
+    """iql: rewards times 1000 / (best - worst episode return of the real data); [unspecified], IQL's code"""
     normalize_obs: bool = False
-    """standardise observations for the agent [DWM App.]; off in IQL's code [unspecified]"""
+    """iql: standardise observations, as [DWM App.]; off as in IQL's code, and in dawm_iql.py [deviation]"""
 
     # ---- Evaluation
     eval_every: int = 5_000
@@ -300,9 +300,6 @@ class Windows:
         last = np.cumsum(dataset.lengths) - 1  # last row of each episode
         # One token per state: an episode of T transitions has T+1 of them, so its rows shift by its number.
         obs = np.insert(dataset.obs, last + 1, dataset.next_obs[last], axis=0)
-        low, high = float(dataset.reward.min()), float(dataset.reward.max())
-        self.end_reward, self.end_margin = low - (high - low) / 4, low - (high - low) / 8
-        reward = np.insert(dataset.reward, last + 1, self.end_reward)
         start, final = np.arange(len(episode)) + episode, (last + 1 + np.arange(len(last)))[episode]
         fits = start + args.model_horizon + 1 <= final
         if not fits.any():
@@ -313,6 +310,11 @@ class Windows:
         if len(last) < 2:
             raise UserError(f"{args.env_id} has one episode; held-out measurements need two or more")
         usable = fits | dataset.terminated[last][episode] if args.window_padding == "absorbing" else fits
+        low, high = float(dataset.reward.min()), float(dataset.reward.max())
+        self.end_reward, self.end_margin = low, -math.inf
+        if (usable & ~fits).any():  # else no window shows an end, and nothing that is generated may count as one
+            self.end_reward, self.end_margin = low - (high - low) / 4, low - (high - low) / 8
+        reward = np.insert(dataset.reward, last + 1, self.end_reward)
         return_to_go = discounted_return_to_go(dataset.reward, dataset.lengths, args.gamma)
         if args.return_to_go == "window":
             beyond = np.append(return_to_go, 0)[
@@ -1026,7 +1028,7 @@ def batches(args: Args, synthetic: torch.Tensor | None, synthesizer: Synthesizer
 
 # Adapted from dawm_td3bc.py: two agents, imagined futures
 def train_agent(args: Args, dataset: OfflineDataset, synthetic, synthesizer, evaluator: Evaluator, run: Run):
-    """TD3+BC or IQL on real pairs and imagined futures -> the actor, and the mean return of every evaluation."""
+    """TD3+BC or IQL on real pairs and imagined futures -> the mean return of every evaluation; keeps the actor."""
     run.seed("agent", args.seed)
     obs = torch.as_tensor(dataset.obs, device=run.device)
     if args.agent == "td3bc":
@@ -1044,7 +1046,7 @@ def train_agent(args: Args, dataset: OfflineDataset, synthetic, synthesizer, eva
                 bar.set_postfix(episodic_return=f"{returns[-1]:.0f}")
             bar.update()
     save_file(agent.actor.state_dict(), run.folder / "actor.safetensors")
-    return agent.actor, returns
+    return returns
 
 
 # Copied from dawm_td3bc.py
@@ -1089,7 +1091,7 @@ def main(args: Args) -> float:
     measure_world_model(args, world_model, windows, run)
     synthesizer = Synthesizer(args, dataset.robot, windows, world_model)
     synthetic = synthesize(args, synthesizer, run) if args.rollouts == "stored" else None
-    _, returns = train_agent(args, dataset, synthetic, synthesizer, evaluator, run)
+    returns = train_agent(args, dataset, synthetic, synthesizer, evaluator, run)
     run.finish(score_report(dataset.robot, dataset.returns, returns, evaluator))
     return returns[-1]
 

@@ -85,7 +85,7 @@ class Args:
 
     # ---- Data: which actions are hidden
     gamma: float = 0.99
-    """discount of return-to-go and agent [DAWM Tab. 7]"""
+    """discount of the agent [DAWM Tab. 7]"""
     traj_filter: Literal["return_topk", "none", "length_topk"] = "return_topk"
     """leave out the worst trajectory [SSORL code], none, or all but the --topk longest [DAWM]"""
     topk: int = 100
@@ -620,7 +620,7 @@ def batches(args: Args, transitions: torch.Tensor):
 
 # Adapted from dawm_td3bc.py: two agents, one source
 def train_agent(args: Args, dataset: OfflineDataset, reward_scale: float, evaluator: Evaluator, run: Run):
-    """TD3+BC or IQL on all transitions alike -> the actor, and the mean return of every evaluation, in order."""
+    """TD3+BC or IQL on all transitions alike -> the mean return of every evaluation, in order; keeps the actor."""
     run.seed("agent", args.seed)
     transitions = real_transitions(dataset, run.device)
     obs, action_dim = transitions[:, : dataset.obs.shape[1]], dataset.action.shape[1]
@@ -639,7 +639,7 @@ def train_agent(args: Args, dataset: OfflineDataset, reward_scale: float, evalua
                 bar.set_postfix(episodic_return=f"{returns[-1]:.0f}")
             bar.update()
     save_file(agent.actor.state_dict(), run.folder / "actor.safetensors")
-    return agent.actor, returns
+    return returns
 
 
 # Copied from dawm_td3bc.py
@@ -681,12 +681,12 @@ def main(args: Args) -> float:
     own_returns = dataset.returns
     reward_scale = reward_factor(args, dataset) if args.agent == "iql" else 1.0  # of all real data
     dataset = hide_actions(args, filter_trajectories(args, dataset))
-    run.fingerprint = dataset.fingerprint  # the inverse dynamics depends on what was hidden
+    run.fingerprints["data"] = dataset.fingerprint  # the inverse dynamics depends on what was hidden
     labelled = is_labelled(dataset)
     run.say("labels", f"actions of {labelled.sum()} trajectories known, of {(~labelled).sum()} hidden")
     inverse_dynamics = train_inverse_dynamics(args, dataset, run)
     dataset = fill_in_actions(args, dataset, inverse_dynamics, run)
-    _, returns = train_agent(args, dataset, reward_scale, evaluator, run)
+    returns = train_agent(args, dataset, reward_scale, evaluator, run)
     run.finish(score_report(dataset.robot, own_returns, returns, evaluator))
     return returns[-1]
 

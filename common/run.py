@@ -113,7 +113,7 @@ class Run:
         self.elsewhere = 0.0  # seconds of the current stage that `timed` has taken out
         self.history: dict[str, list[tuple[int, float]]] = {}
         self.records: list[tuple[int, dict[str, float]]] = []  # the lines of metrics.jsonl
-        self.fingerprint = ""  # of the data
+        self.fingerprints: dict[str, str] = {}  # sha256 of the data, and of each stage's result
         self.kept: dict[str, str] = {}  # stage -> name of its folder in --stage-dir
         self.device = select_device(args.device)
         if args.threads:
@@ -159,7 +159,7 @@ class Run:
                 "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
             },
         }
-        self.fingerprint = data["fingerprint"]
+        self.fingerprints["data"] = data["fingerprint"]
         self.open()
         (self.folder / "args.json").write_text(json.dumps(content, indent=2) + "\n")
         self.say("data", f"{data['env_id']}: {data['source']} {data['path']}")

@@ -33,23 +33,27 @@ def stage_source(function) -> tuple[str, list[str]]:
 
     Names are followed through annotations too; the class Args itself is left out, since its defaults are no input.
     """
-    definitions = {}
+    definitions = {}  # name -> all that defines or changes it
     for node in ast.parse(inspect.getsource(sys.modules[function.__module__])).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            definitions[node.name] = node
+            definitions.setdefault(node.name, []).append(node)
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names = [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
-            definitions |= dict.fromkeys(names, node)
+            for name in {name.id for x in targets for name in ast.walk(x) if isinstance(name, ast.Name)}:
+                definitions.setdefault(name, []).append(node)
     definitions.pop("Args", None)
     found, waiting, fields = {}, [function.__name__], set()
     while waiting:
         name = waiting.pop()
-        found[name] = copy.deepcopy(definitions[name])
-        for node in ast.walk(found[name]):
+        found[name] = copy.deepcopy(ast.Module(definitions[name], []))
+        nodes = list(ast.walk(found[name]))
+        holders = {
+            x.arg for x in nodes if isinstance(x, ast.arg) and x.annotation and ast.unparse(x.annotation) == "Args"
+        }
+        for node in nodes:
             if isinstance(node, ast.Name) and node.id in definitions and node.id not in [*found, *waiting]:
                 waiting.append(node.id)
-            if isinstance(node, ast.Attribute) and ast.unparse(node.value).split(".")[-1] == "args":
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value).split(".")[-1] in {"args", *holders}:
                 fields.add(node.attr)
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
                 node.body = node.body[1:] or [ast.Pass()]
@@ -70,7 +74,7 @@ class Kept:
         self.depends = {
             "source": hashlib.sha256(source.encode()).hexdigest(),
             "args": {field: getattr(run.args, field) for field in fields},
-            "inputs": {"data": run.fingerprint} | {stage: run.kept[stage] for stage in after},
+            "inputs": {stage: run.fingerprints[stage] for stage in ("data", *after)},
             "device": run.device.type,
         }
         self.depends = json.loads(json.dumps(self.depends, default=str))  # as it will be read back
@@ -113,6 +117,7 @@ class Kept:
         path = self.folder / "tensors.safetensors"
         if not path.exists() or _sha256(path) != sha256:
             raise UserError(f"{path} is damaged (its sha256 is not the manifest's); {way_out}")
+        self.run.fingerprints[self.name] = sha256
         for step, values in metrics:
             self.run.log(step, values)
         age = datetime.timedelta(seconds=round(time.time() - made))
@@ -124,6 +129,7 @@ class Kept:
         try:
             self._write(tensors)
         except (OSError, SafetensorError) as error:
+            self.run.fingerprints[self.name] = f"not kept {time.time()}"  # what builds on it is not to be found either
             self.run.say(self.name, f"could not be kept in {self.folder} ({error}); the run goes on without")
         self.lock.release()
 
@@ -132,11 +138,12 @@ class Kept:
         shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed here
         folder.mkdir()
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "tensors.safetensors")
+        sha256 = self.run.fingerprints[self.name] = _sha256(folder / "tensors.safetensors")
         manifest = {
             "format": FORMAT,
             "stage": self.name,
             "depends": self.depends,
-            "sha256": _sha256(folder / "tensors.safetensors"),
+            "sha256": sha256,
             "time": time.time(),
             "seconds": self.run.stages.get(self.name, (0.0, ""))[0],
             "metrics": self.run.records[self.first_record :],

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The README's comparison of state units and prediction targets: 3,000 updates of the world model each, then its error
 # on held-out windows; inverse dynamics and agent are cut to nothing. About 5 minutes on two cores.
-# Then: grep -h val_obs_error_step1 runs/world_model/*/metrics.jsonl
+# Then: python experiments/table.py runs/world_model
 set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}

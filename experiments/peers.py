@@ -1,4 +1,4 @@
-"""d3rlpy's TD3+BC or IQL on the data of our controls, evaluated by our evaluator: one line of JSON per run.
+"""d3rlpy's TD3+BC or IQL on local data, evaluated by our evaluator: one line of JSON per run.
 
 Runs in an environment of its own (make peers), since d3rlpy pins gymnasium 1.0.0; experiments/peers.sh does it all.
 
@@ -20,7 +20,7 @@ from common.evaluation import Evaluator, normalized_score
 
 
 def build(name: str, data: dict, updates: int):
-    """The published hyperparameters, which are ours: sections 6 of dawm_td3bc.py and dawm_iql.py."""
+    """The published hyperparameters: what dawm_td3bc.py and dawm_iql.py take without --laptop."""
     if name == "td3bc":
         scaler = d3rlpy.preprocessing.StandardObservationScaler(
             mean=data["obs"].mean(0), std=data["obs"].std(0), eps=1e-3
@@ -70,7 +70,7 @@ def main(path: str, name: str, seed: int, updates: int) -> None:
     scores = [normalized_score("hopper", value) for value in returns]
     print(json.dumps({
         "library": f"d3rlpy {d3rlpy.__version__}", "algorithm": name, "seed": seed, "updates": updates,
-        "final": scores[-1], "mean_of_last_10": float(np.mean(scores[-10:])), "returns": returns,
+        "final": scores[-1], "mean_of_last_10": float(np.mean(scores[-10:])), "best": max(scores), "returns": returns,
         "seconds": time.monotonic() - start,
     }))  # fmt: skip
 

@@ -48,7 +48,7 @@ def main(root: Path) -> None:
         groups[json.dumps(same, sort_keys=True) + content["data"]["sha256"]].append((content, metrics))
     if not groups:
         sys.exit(f"no finished run in {root}; give the --run-dir of the runs")
-    rows = []
+    rows, own = [], {}
     for runs in groups.values():
         content = runs[0][0]
         if "eval/normalized_score" not in runs[0][1]:
@@ -64,11 +64,22 @@ def main(root: Path) -> None:
             f"{statistics.mean(found['seconds'] for found, _ in runs) / 60:.1f}",
         ]
         rows.append("| " + " | ".join(columns) + " |")
-        own = normalized_score(content["data"]["robot"], content["data"]["mean_return"])
+        mean_return = content["data"]["mean_return"]
+        own[content["args"]["env_id"]] = f"{normalized_score(content['data']['robot'], mean_return):.1f}"
+    for path in root.glob("peers.jsonl"):  # experiments/peers.sh
+        peers = defaultdict(list)
+        for line in path.read_text().splitlines():
+            run = json.loads(line)
+            peers[f"{run['library']} {run['algorithm']}"].append(run)
+        for name, runs in peers.items():
+            columns = [name, "the same", ", ".join(str(run["seed"]) for run in runs)]
+            columns += [spread([run[key] for run in runs]) for key in ("final", "mean_of_last_10", "best")]
+            rows.append("| " + " | ".join([*columns, f"{statistics.mean(r['seconds'] for r in runs) / 60:.1f}"]) + " |")
     print("| command | data set | seeds | final | mean of last 10 | best (hindsight) | minutes |")
     print("|---|---|---|---|---|---|---|")
     print("\n".join(sorted(rows, key=lambda row: (row.count("--"), row))))
-    print(f"\nThe data's own mean: {own:.1f}")
+    for env_id, score in own.items():
+        print(f"\nThe mean return of {env_id} itself: {score}")
     told = set()  # many runs share one world model
     for runs in groups.values():
         content, metrics = runs[0]
@@ -77,7 +88,8 @@ def main(root: Path) -> None:
             continue
         told.add(errors)
         steps = range(1, content["args"]["model_horizon"] + 2)
-        print(f"\n{content['args']['env_id']}, held-out episodes: RMSE in standard deviations, by rollout step\n")
+        name = f"{content['args']['exp_name']}, {content['args']['env_id']}"
+        print(f"\n{name}, held-out episodes: RMSE in standard deviations, by rollout step\n")
         print("| | " + " | ".join(map(str, steps)) + " |\n|---" + "|---" * len(steps) + "|")
         for what in ("obs", "reward"):
             row = [f"{metrics[f'world_model/val_{what}_error_step{i}'][-1]:.3f}" for i in steps]

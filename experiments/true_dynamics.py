@@ -69,8 +69,8 @@ def main() -> None:
     parser.add_argument("--bc-alpha", type=float, default=LAPTOP["bc_alpha"])
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    if (options.synthetic is None) != (options.source == "real"):
-        parser.error("give the folder of a kept synthetic set, or --source real")
+    if (options.synthetic is None) != (options.source == "real") or (options.count and options.source == "real"):
+        parser.error("give the folder of a kept synthetic set, or --source real, which has nothing to --count")
     name = f"true_dynamics_{options.source}"
     args = Args(**{**asdict(Args()), **LAPTOP, "env_id": "local/hopper/medium-v0", "physics": "d4rl"})
     args.seed, args.exp_name, args.run_dir = options.seed, name, Path("runs/true_dynamics")
@@ -98,7 +98,7 @@ def main() -> None:
     rows = torch.cat([*columns, fallen[:, None]], dim=1)
     assert rows.shape[1] == real_transitions(dataset, run.device).shape[1]
     evaluator = Evaluator("Hopper-v4", "d4rl", args.eval_episodes)
-    _, returns = train_agent(args, dataset, rows, None, evaluator, run)
+    returns = train_agent(args, dataset, rows, None, evaluator, run)
     run.finish(score_report(dataset.robot, dataset.returns, returns, evaluator))
 
 

@@ -64,7 +64,9 @@ def test_windows_against_a_plain_loop(return_to_go, padding, terminated):
         assert windows.usable[start] == (fits or (padding == "absorbing" and terminated))
         np.testing.assert_array_equal(windows.obs[rows[start]].numpy(), np.array(states))
         np.testing.assert_allclose(windows.reward[rows[start]].numpy(), rewards, rtol=1e-6)
-        assert windows.is_over(windows.reward[rows[start]]).tolist() == [start + s > end for s in range(horizon + 2)]
+        told = terminated and padding == "absorbing"
+        over = windows.is_over(windows.reward[rows[start]]).tolist()
+        assert over == [told and start + s > end for s in range(horizon + 2)]
         assert float(windows.return_to_go[start] * windows.return_scale) == pytest.approx(label, rel=1e-4, abs=1e-5)
 
 
@@ -389,10 +391,27 @@ def test_transitions_after_a_fall_are_dropped(monkeypatch, termination):
     assert valid[0].tolist() == [True] * 3 + [not fall] * 5
 
 
+def test_a_short_rollout_still_hears_the_sign_of_the_step_after_it(monkeypatch):
+    """Horizon 1 of a model of 7: the reward of step 2 is not part of the rollout and tells that step 1 was the last."""
+    windows = make_windows(linear_dataset(terminated=True))
+    reward = torch.tensor([[0.1, 0.2, windows.end_reward, *[0.1] * 5]])
+    monkeypatch.setattr(script, "sample_rollouts", lambda *_: (torch.zeros(1, 9, 2), reward))
+    args = Args(**TINY, horizon=1)
+    rows, valid = script.Synthesizer(args, "", windows, None, lambda x: torch.zeros(1, 1, 2))(torch.tensor([0]))
+    assert rows[0, :, -1].tolist() == [0, 1] and valid.tolist() == [[True, True]]
+
+
+@pytest.mark.parametrize("padding, terminated", [("absorbing", False), ("none", True)])
+def test_nothing_counts_as_an_end_where_no_window_showed_one(padding, terminated):
+    windows = make_windows(linear_dataset(terminated=terminated), window_padding=padding)
+    assert not windows.is_over(torch.tensor([-1e9, 0.0])).any()
+    assert windows.reward.min() == windows.reward[windows.start].min()  # nor does a made-up reward widen the units
+
+
 @pytest.mark.parametrize("termination", ["rule", "none"])
 def test_the_models_own_sign_ends_a_rollout_too(monkeypatch, termination):
     """A reward below all real ones at step 2 says that transition 1 was the last; it is told as 0 where kept."""
-    windows = make_windows(linear_dataset())
+    windows = make_windows(linear_dataset(terminated=True))
     reward = torch.tensor([[0.1, 0.2, windows.end_reward, windows.end_reward, 0.1, 0.1, 0.1, 0.1]])
     monkeypatch.setattr(script, "sample_rollouts", lambda *_: (torch.zeros(1, 9, 2), reward))
     args = Args(**TINY, termination=termination)
@@ -505,7 +524,7 @@ def test_online_batches_follow_algorithm_2():
 def run(tmp_path):
     run = Run(Args(run_dir=tmp_path / "runs", stage_dir=tmp_path / "stages", device="cpu"))
     run.open()
-    run.fingerprint = "test"
+    run.fingerprints["data"] = "test"
     return run
 
 

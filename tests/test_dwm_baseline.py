@@ -110,7 +110,7 @@ def test_imagined_target_against_a_plain_loop(horizon, termination, kind):
 
 
 def make_synthesizer(robot="", world_model=None, **changes):
-    args, dataset = Args(**TINY, **changes), linear_dataset(episodes=10)
+    args, dataset = Args(**TINY, **changes), linear_dataset(episodes=10, terminated=True)
     windows = script.Windows(args, dataset, torch.device("cpu"))
     return script.Synthesizer(args, robot, windows, world_model or script.WorldModel(args, windows))
 
@@ -160,7 +160,7 @@ def new_run(tmp_path):
         folders = dict(run_dir=tmp_path / "runs", stage_dir=tmp_path / "stages")
         run = Run(Args(**TINY, **folders, synthesis_batch_size=64, **changes))
         run.open()
-        run.fingerprint, run.kept["world model"] = "data", "world_model-0"
+        run.fingerprints |= {"data": "data", "world model": "model"}
         return run
 
     return new_run

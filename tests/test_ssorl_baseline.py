@@ -146,7 +146,7 @@ def test_triples_against_a_plain_loop():
 def run(tmp_path):
     run = Run(Args(run_dir=tmp_path / "runs", stage_dir=tmp_path / "stages", device="cpu"))
     run.open()
-    run.fingerprint = "test"
+    run.fingerprints["data"] = "test"
     return run
 
 

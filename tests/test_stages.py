@@ -119,6 +119,20 @@ def test_words_order_and_what_is_not_used_do_not_matter(source_of, changes):
     assert source_of(edited(*changes)) == source_of(MODULE)
 
 
+def test_arguments_count_under_any_name_that_is_annotated_so(source_of):
+    renamed = edited(
+        ("def helper(args, x):", "def helper(config: Args, x):"),
+        ("return x + args.rate * deeper(args)", "return x + config.rate * deeper(config)"),
+    )
+    assert source_of(renamed)[1] == ["depth", "rate", "shared", "width"]
+
+
+def test_what_changes_a_constant_later_counts(source_of):
+    changed = edited(("LIMIT = 3\n", 'LIMIT = 3\nSCALES["hopper"] = 500\n'))
+    assert source_of(changed)[0] != source_of(MODULE)[0]
+    assert "400" in source_of(changed)[0] and "500" in source_of(changed)[0]
+
+
 def test_the_order_of_definitions_does_not_matter(source_of):
     head, args, *rest = MODULE.strip().split("\n\n\n")
     classes = [part for part in rest if part.startswith("class")]
@@ -186,7 +200,7 @@ def new_run(tmp_path):
         folders = dict(run_dir=tmp_path / "runs", stage_dir=tmp_path / "stages")
         run = Run(Args(**{"env_id": "test", "device": "cpu", **folders, **changes}))
         run.open()
-        run.fingerprint = fingerprint
+        run.fingerprints["data"] = fingerprint
         return run
 
     return new_run
@@ -269,13 +283,23 @@ def test_a_stage_builds_on_the_results_before_it(new_run):
     """Another world model: the same inverse dynamics, and another synthesis, though it reads the same arguments."""
     kept = []
     for steps in (5, 6):
-        run = new_run(world_model_steps=steps)
-        kept.append({stage: find_or_make(run, stage) for stage in STAGES})
+        run, made = new_run(world_model_steps=steps), {"world model": {"weight": torch.full((2,), float(steps))}}
+        kept.append({stage: find_or_make(run, stage, made.get(stage, TENSORS)) for stage in STAGES})
     one, two = kept
     assert two["inverse dynamics"].folder == one["inverse dynamics"].folder
     assert two["synthesis"].folder != one["synthesis"].folder and two["synthesis"].tensors is None
     assert two["synthesis"].depends["args"] == one["synthesis"].depends["args"]
-    assert two["synthesis"].depends["inputs"]["world model"] == two["world model"].folder.name
+
+
+def test_what_was_made_anew_with_another_result_is_not_built_on_as_before(new_run):
+    """--fresh on another machine may give other weights under the same name: its synthesis is another one."""
+    first = new_run()
+    for stage in STAGES:
+        find_or_make(first, stage)
+    again, later = new_run(fresh=True), new_run()
+    find_or_make(again, tensors={"weight": torch.zeros(3)})
+    found = {stage: find_or_make(later, stage) for stage in STAGES}
+    assert found["world model"].tensors is not None and found["synthesis"].tensors is None
 
 
 # ---- Faults
@@ -426,7 +450,7 @@ def main(args):
         Path.rename = die
     run = Run(args)
     run.open()
-    run.fingerprint = "data"
+    run.fingerprints["data"] = "data"
     found = stage(run)
     print("found" if found is not None and found["x"].equal(torch.arange(100_000)) else "made")
 
