@@ -18,15 +18,14 @@ test: $(VENV)/.dev-installed
 	$(BIN)/python -m pytest
 
 # d3rlpy pins gymnasium 1.0.0, so it cannot share our environment.
-peers:
-	$(PYTHON) -m venv .venv-peers
+peers: .venv-peers/bin/python
 	.venv-peers/bin/python -m pip install --disable-pip-version-check -r requirements-peers.txt
 
-$(VENV)/bin/python:
+%/bin/python:
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11, 3.12 or 3.13, or name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { echo "error: $$($(PYTHON) --version 2>&1) is not supported; needs 3.11 to 3.13: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: $(PYTHON) cannot make virtual environments (no venv or ensurepip); on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $*
 
 $(VENV)/.run-installed: requirements.txt $(VENV)/bin/python
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt

@@ -84,10 +84,12 @@ def hopper_command(script, folder, *options) -> str:
 
 
 def refusal(script, arguments, folder, capsys) -> str:
-    """What a script's command line says to bad arguments, which must end it with code 2 and leave no run folder."""
+    """What a script's command line says to bad arguments: one line, exit code 2, and no run folder left."""
     arguments = [*arguments, *map(str, folders_below(folder))]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(sys, "argv", [f"{script.__name__}.py", *arguments])
         script.run_script(script.main, script.Args, script.LAPTOP)
     assert stop.value.code == 2 and not list(folder.rglob("*__*"))
-    return capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    return error
