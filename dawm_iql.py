@@ -840,8 +840,8 @@ class Synthesizer:
         obs, action = windows.obs[windows.start[index]], windows.action[index]
         obs, reward = sample_rollouts(args, self.world_model, obs, action, target)
         # [deviation] The boxes have no (1 - terminated); without it no critic learns that a fall ends the rewards. The
-        # simulator's rule alone misses half of the falls, which end just inside its limits, and values then grow
-        # without bound on the frozen states that follow (README).
+        # simulator's rule alone misses falls that end just inside its limits, and values can then grow without bound
+        # on the frozen states that follow (README).
         over = windows.is_over(reward)
         terminated = has_fallen(self.robot, obs[:, 1:])
         terminated[:, :-1] |= over[:, 1:]

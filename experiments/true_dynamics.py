@@ -82,13 +82,14 @@ def main() -> None:
     else:
         rows = load_file(options.synthetic / "tensors.safetensors")["transitions"]
         obs, action, told = rows[:, :11], rows[:, 11:14], rows[:, -1] > 0
+        by_state = has_fallen("hopper", rows[:, 15:26])
     next_obs, reward = simulate(obs.numpy(), action.numpy())
     next_obs = torch.as_tensor(next_obs, dtype=torch.float32)
     fallen = has_fallen("hopper", next_obs)
     if options.source == "synthetic":
         print(
             f"{len(told):,} transitions: {fallen.sum():,} end in a fall in the simulator, {told.sum():,} are marked "
-            f"as ends, {(fallen & told).sum():,} are both"
+            f"as ends, {(fallen & told).sum():,} are both; the state alone tells {(fallen & by_state).sum():,} of them"
         )
         if options.count:
             return
