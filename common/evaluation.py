@@ -72,7 +72,10 @@ def _restore_capsules(env) -> None:
 
 
 class Evaluator:
-    """Runs whole episodes of a policy, all of them side by side so that the policy sees one batch per step."""
+    """Runs whole episodes of a policy, all of them side by side so that the policy sees one batch per step.
+
+    `running` [n] are the numbers of the episodes in the current batch, for a policy with a memory.
+    """
 
     def __init__(self, simulator: str, physics: str, episodes: int, kwargs: dict | None = None, obs_dim: int = 0):
         self.simulator, self.physics = simulator, physics
@@ -93,18 +96,18 @@ class Evaluator:
         """
         low, high = self.envs[0].action_space.low, self.envs[0].action_space.high
         obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(self.envs)])
-        returns, running = np.zeros(len(self.envs)), np.arange(len(self.envs))
+        returns, self.running = np.zeros(len(self.envs)), np.arange(len(self.envs))
         for _ in range(self.max_steps):
-            actions = np.clip(policy(obs[running].astype(np.float32)), low, high)
+            actions = np.clip(policy(obs[self.running].astype(np.float32)), low, high)
             alive = []
-            for i, action in zip(running, actions, strict=True):
+            for i, action in zip(self.running, actions, strict=True):
                 # unwrapped: the wrappers only check and count, and cost as much as the physics
                 obs[i], reward, terminated, _, _ = self.envs[i].unwrapped.step(action)
                 returns[i] += reward
                 if not terminated:
                     alive.append(i)
-            running = np.array(alive, dtype=int)
-            if len(running) == 0:
+            self.running = np.array(alive, dtype=int)
+            if len(self.running) == 0:
                 break
         return returns
 

@@ -33,14 +33,18 @@ from common import UserError
 PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "minari", "h5py")
 
 
-def parse_args(args_class: type, laptop: dict):
-    """Command line to args_class. --laptop starts from the defaults in `laptop`; any flag given still wins.
+def parse_args(args_class: type, laptop: dict, presets: dict[str, dict] | None = None):
+    """Command line to args_class. --preset NAME starts from the defaults presets[NAME], --laptop from those in
+    `laptop`, which win over a preset's; any flag given still wins.
 
     --help shows the fields under the `# ---- Heading` comments of the class, each with its docstring.
     """
     tree = ast.parse(textwrap.dedent(inspect.getsource(args_class))).body[0].body
     docs = {a.target.id: b.value.value for a, b in itertools.pairwise(tree) if isinstance(b, ast.Expr)}
-    defaults = dataclasses.asdict(args_class(**(laptop if "--laptop" in sys.argv else {})))
+    words = " ".join(sys.argv[1:]).replace("--preset=", "--preset ").split()
+    named = [(presets or {}).get(value, {}) for flag, value in itertools.pairwise(words) if flag == "--preset"]
+    changed = (named[-1] if named else {}) | (laptop if "--laptop" in words else {})
+    defaults = dataclasses.asdict(args_class(**changed))
     hints, groups = typing.get_type_hints(args_class), {}
     for line in inspect.getsource(args_class).splitlines():
         if heading := re.match(r"    # ---- (.+)", line):
@@ -87,10 +91,10 @@ def check_range(args, low: float, high: float, names: str) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value} {limit}")
 
 
-def run_script(main, args_class: type, laptop: dict) -> None:
+def run_script(main, args_class: type, laptop: dict, presets: dict[str, dict] | None = None) -> None:
     """main(args), with bad input told in one line and exit code 2."""
     try:
-        main(parse_args(args_class, laptop))
+        main(parse_args(args_class, laptop, presets))
     except UserError as error:
         tqdm.write(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -18,6 +18,11 @@ PAIRS = [
         "The same inverse dynamics; states and rewards are real, actions are hidden.",
     ),
     ("dawm_iql.py", "dwm_baseline.py", "As above, for IQL."),
+    (
+        "dawm_td3bc.py",
+        "dd_baseline.py",
+        "States alone are generated, at every environment step; no transitions, no agent.",
+    ),
 ]
 
 

@@ -23,6 +23,7 @@ jobs() {
     echo "td3bc $seed dawm_td3bc.py --synthetic-fraction 0"
     echo "dawm_iql $seed dawm_iql.py"
     echo "iql $seed dawm_iql.py --synthetic-fraction 0"
+    echo "dd $seed dd_baseline.py"
     for agent in td3bc iql; do
       echo "dwm_$agent $seed dwm_baseline.py --agent $agent"
       echo "ssorl_$agent $seed ssorl_baseline.py --agent $agent"

@@ -8,6 +8,7 @@ Runs in an environment of its own (make peers), since d3rlpy pins gymnasium 1.0.
 import json
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -41,7 +42,7 @@ def build(name: str, data: dict, updates: int):
     ).create(device="cpu:0")  # fmt: skip
 
 
-def main(path: str, name: str, seed: int, updates: int) -> None:
+def main(path: str, name: str, seed: int, updates: int) -> dict:
     torch.set_num_threads(1)
     d3rlpy.seed(seed)
     data = dict(np.load(path))
@@ -68,12 +69,14 @@ def main(path: str, name: str, seed: int, updates: int) -> None:
     ):
         returns.append(float(evaluator(lambda obs: agent.predict(obs.astype(np.float32)), seed=seed + 100).mean()))
     scores = [normalized_score("hopper", value) for value in returns]
-    print(json.dumps({
+    return {
         "library": f"d3rlpy {d3rlpy.__version__}", "algorithm": name, "seed": seed, "updates": updates,
         "final": scores[-1], "mean_of_last_10": float(np.mean(scores[-10:])), "best": max(scores), "returns": returns,
         "seconds": time.monotonic() - start,
-    }))  # fmt: skip
+    }  # fmt: skip
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    with redirect_stdout(sys.stderr):  # d3rlpy logs to standard output, where only the result belongs
+        result = main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    print(json.dumps(result))

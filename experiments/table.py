@@ -54,13 +54,14 @@ def main(root: Path) -> None:
         if "eval/normalized_score" not in runs[0][1]:
             continue  # no reference returns: see the runs' own summary.txt
         scores = [metrics["eval/normalized_score"] for _, metrics in runs]
+        is_curve = len(scores[0]) > 1  # DD is evaluated once, after its training
         columns = [
             f"`{command(content)}`",
             content["args"]["env_id"],
             ", ".join(str(found["args"]["seed"]) for found, _ in runs),
             spread([s[-1] for s in scores]),
-            spread([statistics.mean(s[-10:]) for s in scores]),
-            spread([max(s) for s in scores]),
+            spread([statistics.mean(s[-10:]) for s in scores]) if is_curve else "-",
+            spread([max(s) for s in scores]) if is_curve else "-",
             f"{statistics.mean(found['seconds'] for found, _ in runs) / 60:.1f}",
         ]
         rows.append("| " + " | ".join(columns) + " |")

@@ -88,7 +88,7 @@ def refusal(script, arguments, folder, capsys) -> str:
     arguments = [*arguments, *map(str, folders_below(folder))]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(sys, "argv", [f"{script.__name__}.py", *arguments])
-        script.run_script(script.main, script.Args, script.LAPTOP)
+        script.run_script(script.main, script.Args, script.LAPTOP, getattr(script, "PRESETS", None))
     assert stop.value.code == 2 and not list(folder.rglob("*__*"))
     error = capsys.readouterr().err
     assert error.count("\n") == 1, error
