@@ -51,7 +51,7 @@ from common import UserError
 from common.data import OfflineDataset, load_dataset
 from common.evaluation import Evaluator, normalized_score, score_report
 from common.run import Run, check_range, run_script
-from common.stages import Kept
+from common.stages import Kept, resumable
 
 
 @dataclass
@@ -83,6 +83,8 @@ class Args:
     """world models, inverse dynamics and synthetic sets are kept here, for every run that would make the same"""
     fresh: bool = False
     """make every stage anew, whatever is kept"""
+    checkpoint_every: float = 5.0
+    """minutes between two checkpoints of a stage, from which an interrupted run goes on; 0 makes none"""
 
     # ---- Data: windows and return-to-go
     horizon: int = 7
@@ -249,6 +251,7 @@ def check_args(args: Args) -> None:
     check_range(args, 0, 2**31, "threads seed world_model_seed idm_seed synthesis_seed")
     check_range(args, 0, 100, "sampling_temperature guidance_scale awr_beta")
     check_range(args, 1, 1e6, "max_weight")
+    check_range(args, 0, math.inf, "checkpoint_every")
     check_range(args, 1e-8, 1, "world_model_lr idm_lr agent_lr")
     check_range(args, -100, 100, "target_return")
     if args.horizon > args.model_horizon:
@@ -648,8 +651,8 @@ def train_world_model(args: Args, windows: Windows, run: Run) -> WorldModel:
     if not len(train):
         raise UserError(f"--world-model-holdout {args.world_model_holdout} keeps every long episode away; lower it")
     normalized = world_model.normalize(windows.obs, windows.reward)  # once, not for every batch
-    with run.stage("world model", args.world_model_steps, "update") as bar:
-        for step in range(1, args.world_model_steps + 1):
+    with run.stage("world model", args.world_model_steps, "update", (world_model, ema_denoiser, optimizer)) as stage:
+        for step in stage:
             index = train[torch.randint(len(train), (args.world_model_batch_size,), device=run.device)]
             x0 = normalized[windows.rows(index)]
             x0[:, -1, -1] = 0
@@ -664,7 +667,6 @@ def train_world_model(args: Args, windows: Windows, run: Run) -> WorldModel:
                     torch._foreach_lerp_(ema_parameters, parameters, rate)
             if step % args.log_every == 0 or step == args.world_model_steps:
                 run.log(step, {"world_model/loss": loss})
-            bar.update()
     world_model.denoiser = ema_denoiser if args.world_model_steps >= args.ema_every else world_model.denoiser
     kept.keep(world_model.state_dict())
     return world_model
@@ -768,9 +770,9 @@ def train_inverse_dynamics(args: Args, windows: Windows, run: Run) -> InverseDyn
         row = windows.start[index]
         return torch.cat([windows.obs[row - 1], windows.obs[row], windows.obs[row + 1]], dim=1)
 
-    best_loss, best_weights = math.inf, None
-    with run.stage("inverse dynamics", args.idm_steps, "update") as bar:
-        for step in range(1, args.idm_steps + 1):
+    best = {"loss": math.inf}
+    with run.stage("inverse dynamics", args.idm_steps, "update", (inverse_dynamics, optimizer, best)) as stage:
+        for step in stage:
             index = train[torch.randint(len(train), (args.idm_batch_size,), device=run.device)]
             loss = -inverse_dynamics.log_prob(triples(index), windows.action[index]).mean()
             optimizer.zero_grad()
@@ -783,13 +785,12 @@ def train_inverse_dynamics(args: Args, windows: Windows, run: Run) -> InverseDyn
                     error = (inverse_dynamics(triples(measure)) - windows.action[measure]).square().mean()
                 inverse_dynamics.train()
                 run.log(step, {"idm/loss": loss, "idm/val_loss": held_out_loss, "idm/val_mse": error})
-                if held_out_loss < best_loss:
-                    best_loss, best_error = float(held_out_loss), float(error)
-                    best_weights = copy.deepcopy(inverse_dynamics.state_dict())
-            bar.update()
-    inverse_dynamics.load_state_dict(best_weights)
-    run.log(args.idm_steps, {"idm/best_val_loss": best_loss, "idm/best_val_mse": best_error})
-    kept.keep(best_weights)
+                if held_out_loss < best["loss"]:
+                    best["loss"], best["mse"] = float(held_out_loss), float(error)
+                    best["weights"] = copy.deepcopy(inverse_dynamics.state_dict())
+    inverse_dynamics.load_state_dict(best["weights"])
+    run.log(args.idm_steps, {f"idm/best_val_{name}": best[name] for name in ("loss", "mse")})
+    kept.keep(best["weights"])
     return inverse_dynamics.eval()
 
 
@@ -866,22 +867,22 @@ def synthesize(args: Args, synthesizer: Synthesizer, run: Run) -> torch.Tensor:
     pairs = len(synthesizer.windows.start)
     chosen = torch.randperm(pairs, device=run.device)[: max(1, pairs // args.conditioning_subsample)]
     obs_dim, action_dim = synthesizer.world_model.obs_dim, synthesizer.windows.action.shape[1]
-    parts, at_bounds, falls = [], 0.0, 0.0
-    with run.stage("synthesis", len(chosen), "pair") as bar:
-        for index in chosen.split(args.synthesis_batch_size):
+    made = {"rows": [], "at_bounds": 0.0, "falls": 0.0}
+    with run.stage("synthesis", len(chosen), "pair", (made,)) as stage:
+        for index in stage.over(chosen.split(args.synthesis_batch_size)):
             rows, valid = synthesizer(index)
-            parts.append(rows[valid])
-            at_bounds += (rows[:, 1:, obs_dim : obs_dim + action_dim].abs() > 0.999).float().mean() * len(index)
-            falls += rows[..., -1].amax(1).sum()
-            bar.update(len(index))
-    transitions = torch.cat(parts)
+            made["rows"].append(rows[valid])
+            at_bounds = rows[:, 1:, obs_dim : obs_dim + action_dim].abs() > 0.999
+            made["at_bounds"] += at_bounds.float().mean() * len(index)
+            made["falls"] += rows[..., -1].amax(1).sum()
+    transitions = torch.cat(made["rows"])
     run.log(
         0,
         {
             "synthesis/transitions": len(transitions),
             "synthesis/mean_reward": transitions[:, -2 - obs_dim].mean(),
-            "synthesis/action_clip_fraction": at_bounds / len(chosen),
-            "synthesis/fall_fraction": falls / len(chosen),
+            "synthesis/action_clip_fraction": made["at_bounds"] / len(chosen),
+            "synthesis/fall_fraction": made["falls"] / len(chosen),
         },
     )
     kept.keep({"transitions": transitions})
@@ -1031,28 +1032,29 @@ class IQL:
 
 
 # Copied from dawm_td3bc.py
-def batches(args: Args, real: torch.Tensor, synthetic: torch.Tensor | None, synthesizer: Synthesizer | None):
-    """Endless (rows, update_actor): what each critic update learns from, and whether the actor follows it."""
+def batches(args: Args, real: torch.Tensor, synthetic: torch.Tensor | None, synthesizer: Synthesizer | None, at: dict):
+    """Endless (rows, update_actor): what each critic update learns from, and whether the actor follows it.
+
+    `at` begins as {"count": 0, "h": 0} and is kept up, so that an interrupted run goes on there.
+    """
     device = real.device
-    if args.synthesis == "online" and args.synthetic_fraction > 0:
-        iteration = 0
-        while True:  # [DAWM Alg. 2]: fresh rollouts, then one update per step h = 0..H of them
-            iteration += 1
-            index = torch.randint(len(real), (args.agent_batch_size,), device=device)
-            rows, valid = synthesizer(index)
-            for h in range(args.horizon + 1):
-                batch = rows[:, h][valid[:, h]]
-                if len(batch):
-                    yield batch, iteration % args.policy_delay == 0  # n counts outer iterations, as printed
+    while args.synthesis == "online" and args.synthetic_fraction > 0:
+        h = at["h"]
+        if h == 0:  # [DAWM Alg. 2]: fresh rollouts, then one update per step h = 0..H of them
+            at["count"] += 1
+            at["rows"], at["valid"] = synthesizer(torch.randint(len(real), (args.agent_batch_size,), device=device))
+        at["h"] = (h + 1) % (args.horizon + 1)
+        batch = at["rows"][:, h][at["valid"][:, h]]
+        if len(batch):
+            yield batch, at["count"] % args.policy_delay == 0  # n counts outer iterations, as printed
     num_synthetic = round(args.synthetic_fraction * args.agent_batch_size)
-    update = 0
     while True:
-        update += 1
+        at["count"] += 1
         parts = []
         for source, size in ((synthetic, num_synthetic), (real, args.agent_batch_size - num_synthetic)):
             if size:
                 parts.append(source[torch.randint(len(source), (size,), device=device)])
-        yield torch.cat(parts) if len(parts) > 1 else parts[0], update % args.policy_delay == 0
+        yield torch.cat(parts) if len(parts) > 1 else parts[0], at["count"] % args.policy_delay == 0
 
 
 def reward_factor(args: Args, dataset: OfflineDataset) -> float:
@@ -1071,19 +1073,22 @@ def train_agent(args: Args, dataset: OfflineDataset, synthetic, synthesizer, eva
     run.seed("agent", args.seed)
     real = real_transitions(dataset, run.device)
     obs_dim, action_dim = dataset.obs.shape[1], dataset.action.shape[1]
-    agent = IQL(args, real[:, :obs_dim], action_dim, reward_factor(args, dataset))
-    source, losses, returns = batches(args, real, synthetic, synthesizer), {}, []
-    with run.stage("agent", args.agent_updates, "update") as bar:
-        for update in range(1, args.agent_updates + 1):
-            losses |= agent.update(*next(source))
+    factor = reward_factor(args, dataset)
+    agent = IQL(args, real[:, :obs_dim], action_dim, factor)
+    run.bounds["agent/qf_target"] = factor * np.abs(dataset.reward).max() / max(1 - args.gamma, 1e-9)  # of any policy's
+    resumable(run, "agent", train_agent)
+    progress = {"losses": {}, "returns": [], "at": {"count": 0, "h": 0}}
+    with run.stage("agent", args.agent_updates, "update", (agent, progress)) as stage:
+        source = batches(args, real, synthetic, synthesizer, progress["at"])
+        for update in stage:
+            progress["losses"] |= agent.update(*next(source))
             if update % args.log_every == 0 or update == args.agent_updates:
-                run.log(update, losses)
+                run.log(update, progress["losses"])
             if update % args.eval_every == 0 or update == args.agent_updates:
-                returns.append(evaluate(agent.actor, evaluator, dataset, update, run))
-                bar.set_postfix(episodic_return=f"{returns[-1]:.0f}")
-            bar.update()
+                progress["returns"].append(evaluate(agent.actor, evaluator, dataset, update, run))
+                stage.bar.set_postfix(episodic_return=f"{progress['returns'][-1]:.0f}")
     save_file(agent.actor.state_dict(), run.folder / "actor.safetensors")
-    return returns
+    return progress["returns"]
 
 
 # Copied from dawm_td3bc.py

@@ -82,6 +82,8 @@ class Args:
     """world models, inverse dynamics and synthetic sets are kept here, for every run that would make the same"""
     fresh: bool = False
     """make every stage anew, whatever is kept"""
+    checkpoint_every: float = 5.0
+    """minutes between two checkpoints of a stage, from which an interrupted run goes on; 0 makes none"""
 
     # ---- Data: windows and return-to-go
     plan_horizon: int = 32
@@ -166,12 +168,15 @@ PRESETS = {
 }
 
 # --laptop: the same method with a smaller U-Net and fewer updates, [deviation] throughout; not the paper's scale. x0 in
-# units of standard deviations as in dawm_td3bc.py.
+# units of standard deviations as in dawm_td3bc.py; short plans, since with 32 states the second one, on which alone the
+# planner acts, stays coarse (docs/dd_baseline.md); and a target that the data reach.
 LAPTOP = dict(
+    plan_horizon=8,
+    target_return=0.55,
     threads=1,  # a second one gains 15% at these sizes, and loses tenfold when another process wants the core
     prediction="x0",
     normalizer="gaussian",
-    world_model_steps=10_000,
+    world_model_steps=15_000,
     world_model_lr=1e-3,
     unet_width=32,
     unet_multipliers=(1, 2),
@@ -206,6 +211,7 @@ def check_args(args: Args) -> None:
     check_range(args, 1e-8, 1, "world_model_lr")
     check_range(args, -100, 100, "target_return")
     check_range(args, 0, 1e6, "termination_penalty")
+    check_range(args, 0, math.inf, "checkpoint_every")
     if args.sampling_steps > args.diffusion_steps:
         raise UserError(f"--sampling-steps {args.sampling_steps} is above --diffusion-steps {args.diffusion_steps}")
     lowest = strided_steps(args.diffusion_steps, args.sampling_steps)[0]
@@ -569,8 +575,8 @@ def train_decision_diffuser(args: Args, windows: Windows, run: Run) -> DecisionD
     if not len(train):
         raise UserError(f"--world-model-holdout {args.world_model_holdout} keeps every long episode away; lower it")
     normalized = model.obs_units.normalize(windows.obs)  # once, not for every batch
-    with run.stage("decision diffuser", args.world_model_steps, "update") as bar:
-        for step in range(1, args.world_model_steps + 1):
+    with run.stage("decision diffuser", args.world_model_steps, "update", (model, ema_model, optimizer)) as stage:
+        for step in stage:
             index = train[torch.randint(len(train), (args.world_model_batch_size,), device=run.device)]
             rows = windows.rows(index)
             keep = (torch.rand(len(index), 1, device=run.device) >= args.cond_drop_prob).float()
@@ -585,7 +591,6 @@ def train_decision_diffuser(args: Args, windows: Windows, run: Run) -> DecisionD
                     torch._foreach_lerp_(ema_parameters, parameters, rate)
             if step % args.log_every == 0 or step == args.world_model_steps:
                 run.log(step, {"world_model/loss": state_loss, "idm/loss": action_loss})
-            bar.update()
     model = ema_model if args.world_model_steps >= args.ema_every else model
     kept.keep(model.state_dict())
     return model.eval()
@@ -687,11 +692,11 @@ class Planner:
 def evaluate(args: Args, model: DecisionDiffuser, evaluator: Evaluator, dataset: OfflineDataset, run: Run) -> float:
     """Mean return of whole episodes; logs it, and the score where one is defined."""
     planner = Planner(args, model, len(evaluator.envs), run.device)
-    with run.stage("planning", evaluator.max_steps, "step") as bar:
+    with run.stage("planning", evaluator.max_steps, "step") as stage:
 
         def policy(obs: np.ndarray) -> np.ndarray:
-            bar.update()
-            bar.set_postfix(running=len(obs))
+            stage.update()
+            stage.bar.set_postfix(running=len(obs))
             return planner(obs, evaluator.running)
 
         returns = evaluator(policy, seed=args.seed + 100)

@@ -49,7 +49,7 @@ from common import UserError
 from common.data import OfflineDataset, load_dataset
 from common.evaluation import Evaluator, normalized_score, score_report
 from common.run import Run, check_range, run_script
-from common.stages import Kept
+from common.stages import Kept, resumable
 
 
 @dataclass
@@ -83,6 +83,8 @@ class Args:
     """world models, inverse dynamics and synthetic sets are kept here, for every run that would make the same"""
     fresh: bool = False
     """make every stage anew, whatever is kept"""
+    checkpoint_every: float = 5.0
+    """minutes between two checkpoints of a stage, from which an interrupted run goes on; 0 makes none"""
 
     # ---- Data: windows and return-to-go
     model_horizon: int = 7
@@ -235,6 +237,7 @@ def check_args(args: Args) -> None:
     check_range(args, 0, 2**31, "threads seed world_model_seed synthesis_seed")
     check_range(args, 0, 100, "sampling_temperature guidance_scale policy_noise noise_clip bc_alpha awr_beta")
     check_range(args, 1, 1e6, "max_weight")
+    check_range(args, 0, math.inf, "checkpoint_every")
     check_range(args, 1e-8, 1, "world_model_lr agent_lr")
     check_range(args, -100, 100, "target_return")
     if args.simulation_horizon > args.model_horizon:
@@ -632,8 +635,8 @@ def train_world_model(args: Args, windows: Windows, run: Run) -> WorldModel:
     if not len(train):
         raise UserError(f"--world-model-holdout {args.world_model_holdout} keeps every long episode away; lower it")
     normalized = world_model.normalize(windows.obs, windows.reward)  # once, not for every batch
-    with run.stage("world model", args.world_model_steps, "update") as bar:
-        for step in range(1, args.world_model_steps + 1):
+    with run.stage("world model", args.world_model_steps, "update", (world_model, ema_denoiser, optimizer)) as stage:
+        for step in stage:
             index = train[torch.randint(len(train), (args.world_model_batch_size,), device=run.device)]
             x0 = normalized[windows.rows(index)]
             x0[:, -1, -1] = 0
@@ -648,7 +651,6 @@ def train_world_model(args: Args, windows: Windows, run: Run) -> WorldModel:
                     torch._foreach_lerp_(ema_parameters, parameters, rate)
             if step % args.log_every == 0 or step == args.world_model_steps:
                 run.log(step, {"world_model/loss": loss})
-            bar.update()
     world_model.denoiser = ema_denoiser if args.world_model_steps >= args.ema_every else world_model.denoiser
     kept.keep(world_model.state_dict())
     return world_model
@@ -734,12 +736,11 @@ def synthesize(args: Args, synthesizer: Synthesizer, run: Run) -> torch.Tensor:
         return kept.tensors["futures"]
     run.seed("synthesis", args.synthesis_seed)
     pairs = torch.arange(len(synthesizer.windows.start), device=run.device)
-    parts = []
-    with run.stage("rollouts", len(pairs), "pair") as bar:
-        for index in pairs.split(args.synthesis_batch_size):
-            parts.append(synthesizer(index))
-            bar.update(len(index))
-    futures = torch.cat(parts)
+    made = {"rows": []}
+    with run.stage("rollouts", len(pairs), "pair", (made,)) as stage:
+        for index in stage.over(pairs.split(args.synthesis_batch_size)):
+            made["rows"].append(synthesizer(index))
+    futures = torch.cat(made["rows"])
     kept.keep({"futures": futures})
     return futures
 
@@ -1017,13 +1018,16 @@ def reward_factor(args: Args, dataset: OfflineDataset) -> float:
 
 
 # Adapted from dawm_td3bc.py: real pairs with their imagined futures
-def batches(args: Args, synthetic: torch.Tensor | None, synthesizer: Synthesizer):
-    """Endless (rows, update_actor): real pairs with their futures, and whether the actor follows the critic."""
-    pairs, device, update = len(synthesizer.windows.start), synthesizer.windows.start.device, 0
+def batches(args: Args, synthetic: torch.Tensor | None, synthesizer: Synthesizer, at: dict):
+    """Endless (rows, update_actor): real pairs with their futures, and whether the actor follows the critic.
+
+    `at` begins as {"count": 0} and is kept up, so that an interrupted run goes on there.
+    """
+    pairs, device = len(synthesizer.windows.start), synthesizer.windows.start.device
     while True:
-        update += 1
+        at["count"] += 1
         index = torch.randint(pairs, (args.agent_batch_size,), device=device)
-        yield synthesizer(index) if synthetic is None else synthetic[index], update % args.policy_delay == 0
+        yield synthesizer(index) if synthetic is None else synthetic[index], at["count"] % args.policy_delay == 0
 
 
 # Adapted from dawm_td3bc.py: two agents, imagined futures
@@ -1031,22 +1035,25 @@ def train_agent(args: Args, dataset: OfflineDataset, synthetic, synthesizer, eva
     """TD3+BC or IQL on real pairs and imagined futures -> the mean return of every evaluation; keeps the actor."""
     run.seed("agent", args.seed)
     obs = torch.as_tensor(dataset.obs, device=run.device)
+    factor = 1 if args.agent == "td3bc" else reward_factor(args, dataset)
     if args.agent == "td3bc":
         agent = TD3BC(args, obs, dataset.action.shape[1])
     else:
-        agent = IQL(args, obs, dataset.action.shape[1], reward_factor(args, dataset))
-    source, losses, returns = batches(args, synthetic, synthesizer), {}, []
-    with run.stage("agent", args.agent_updates, "update") as bar:
-        for update in range(1, args.agent_updates + 1):
-            losses |= agent.update(*next(source))
+        agent = IQL(args, obs, dataset.action.shape[1], factor)
+    run.bounds["agent/qf_target"] = factor * np.abs(dataset.reward).max() / max(1 - args.gamma, 1e-9)  # of any policy's
+    resumable(run, "agent", train_agent)
+    progress = {"losses": {}, "returns": [], "at": {"count": 0}}
+    with run.stage("agent", args.agent_updates, "update", (agent, progress)) as stage:
+        source = batches(args, synthetic, synthesizer, progress["at"])
+        for update in stage:
+            progress["losses"] |= agent.update(*next(source))
             if update % args.log_every == 0 or update == args.agent_updates:
-                run.log(update, losses)
+                run.log(update, progress["losses"])
             if update % args.eval_every == 0 or update == args.agent_updates:
-                returns.append(evaluate(agent.actor, evaluator, dataset, update, run))
-                bar.set_postfix(episodic_return=f"{returns[-1]:.0f}")
-            bar.update()
+                progress["returns"].append(evaluate(agent.actor, evaluator, dataset, update, run))
+                stage.bar.set_postfix(episodic_return=f"{progress['returns'][-1]:.0f}")
     save_file(agent.actor.state_dict(), run.folder / "actor.safetensors")
-    return returns
+    return progress["returns"]
 
 
 # Copied from dawm_td3bc.py

@@ -48,7 +48,7 @@ from common import UserError
 from common.data import OfflineDataset, load_dataset
 from common.evaluation import Evaluator, normalized_score, score_report
 from common.run import Run, check_range, run_script
-from common.stages import Kept
+from common.stages import Kept, resumable
 
 
 @dataclass
@@ -82,6 +82,8 @@ class Args:
     """world models, inverse dynamics and synthetic sets are kept here, for every run that would make the same"""
     fresh: bool = False
     """make every stage anew, whatever is kept"""
+    checkpoint_every: float = 5.0
+    """minutes between two checkpoints of a stage, from which an interrupted run goes on; 0 makes none"""
 
     # ---- Data: which actions are hidden
     gamma: float = 0.99
@@ -180,6 +182,7 @@ def check_args(args: Args) -> None:
     check_range(args, 0, 2**31, "threads seed idm_seed label_seed")
     check_range(args, 0, 100, "policy_noise noise_clip bc_alpha awr_beta")
     check_range(args, 1, 1e6, "max_weight")
+    check_range(args, 0, math.inf, "checkpoint_every")
     check_range(args, 1e-8, 1, "idm_lr agent_lr")
 
 
@@ -326,9 +329,9 @@ def train_inverse_dynamics(args: Args, dataset: OfflineDataset, run: Run) -> Inv
     if not len(train):
         raise UserError(f"--idm-holdout {args.idm_holdout} leaves no labelled trajectory to train on; lower it")
     measure = measure[torch.linspace(0, len(measure) - 1, min(len(measure), 10_000), device=run.device).long()]
-    best_loss, best_weights = math.inf, None
-    with run.stage("inverse dynamics", args.idm_steps, "update") as bar:
-        for step in range(1, args.idm_steps + 1):
+    best = {"loss": math.inf}
+    with run.stage("inverse dynamics", args.idm_steps, "update", (inverse_dynamics, optimizer, best)) as stage:
+        for step in stage:
             index = train[torch.randint(len(train), (args.idm_batch_size,), device=run.device)]
             loss = -inverse_dynamics.log_prob(triples[index], action[index]).mean()
             optimizer.zero_grad()
@@ -341,13 +344,12 @@ def train_inverse_dynamics(args: Args, dataset: OfflineDataset, run: Run) -> Inv
                     error = (inverse_dynamics(triples[measure]) - action[measure]).square().mean()
                 inverse_dynamics.train()
                 run.log(step, {"idm/loss": loss, "idm/val_loss": held_out_loss, "idm/val_mse": error})
-                if held_out_loss < best_loss:
-                    best_loss, best_error = float(held_out_loss), float(error)
-                    best_weights = copy.deepcopy(inverse_dynamics.state_dict())
-            bar.update()
-    inverse_dynamics.load_state_dict(best_weights)
-    run.log(args.idm_steps, {"idm/best_val_loss": best_loss, "idm/best_val_mse": best_error})
-    kept.keep(best_weights)
+                if held_out_loss < best["loss"]:
+                    best["loss"], best["mse"] = float(held_out_loss), float(error)
+                    best["weights"] = copy.deepcopy(inverse_dynamics.state_dict())
+    inverse_dynamics.load_state_dict(best["weights"])
+    run.log(args.idm_steps, {f"idm/best_val_{name}": best[name] for name in ("loss", "mse")})
+    kept.keep(best["weights"])
     return inverse_dynamics.eval()
 
 
@@ -609,13 +611,15 @@ def reward_factor(args: Args, dataset: OfflineDataset) -> float:
 
 
 # Adapted from dawm_td3bc.py: one source
-def batches(args: Args, transitions: torch.Tensor):
-    """Endless (rows, update_actor): what each critic update learns from, and whether the actor follows it."""
-    update = 0
+def batches(args: Args, transitions: torch.Tensor, at: dict):
+    """Endless (rows, update_actor): what each critic update learns from, and whether the actor follows it.
+
+    `at` begins as {"count": 0} and is kept up, so that an interrupted run goes on there.
+    """
     while True:
-        update += 1
+        at["count"] += 1
         index = torch.randint(len(transitions), (args.agent_batch_size,), device=transitions.device)
-        yield transitions[index], update % args.policy_delay == 0
+        yield transitions[index], at["count"] % args.policy_delay == 0
 
 
 # Adapted from dawm_td3bc.py: two agents, one source
@@ -624,22 +628,22 @@ def train_agent(args: Args, dataset: OfflineDataset, reward_scale: float, evalua
     run.seed("agent", args.seed)
     transitions = real_transitions(dataset, run.device)
     obs, action_dim = transitions[:, : dataset.obs.shape[1]], dataset.action.shape[1]
-    if args.agent == "td3bc":
-        agent = TD3BC(args, obs, action_dim)
-    else:
-        agent = IQL(args, obs, action_dim, reward_scale)
-    source, losses, returns = batches(args, transitions), {}, []
-    with run.stage("agent", args.agent_updates, "update") as bar:
-        for update in range(1, args.agent_updates + 1):
-            losses |= agent.update(*next(source))
+    factor = 1 if args.agent == "td3bc" else reward_scale
+    agent = TD3BC(args, obs, action_dim) if args.agent == "td3bc" else IQL(args, obs, action_dim, factor)
+    run.bounds["agent/qf_target"] = factor * np.abs(dataset.reward).max() / max(1 - args.gamma, 1e-9)  # of any policy's
+    resumable(run, "agent", train_agent)
+    progress = {"losses": {}, "returns": [], "at": {"count": 0}}
+    with run.stage("agent", args.agent_updates, "update", (agent, progress)) as stage:
+        source = batches(args, transitions, progress["at"])
+        for update in stage:
+            progress["losses"] |= agent.update(*next(source))
             if update % args.log_every == 0 or update == args.agent_updates:
-                run.log(update, losses)
+                run.log(update, progress["losses"])
             if update % args.eval_every == 0 or update == args.agent_updates:
-                returns.append(evaluate(agent.actor, evaluator, dataset, update, run))
-                bar.set_postfix(episodic_return=f"{returns[-1]:.0f}")
-            bar.update()
+                progress["returns"].append(evaluate(agent.actor, evaluator, dataset, update, run))
+                stage.bar.set_postfix(episodic_return=f"{progress['returns'][-1]:.0f}")
     save_file(agent.actor.state_dict(), run.folder / "actor.safetensors")
-    return returns
+    return progress["returns"]
 
 
 # Copied from dawm_td3bc.py

@@ -7,7 +7,6 @@ no pickle is ever read.
 import difflib
 import hashlib
 import http.client
-import json
 import os
 import queue
 import re
@@ -18,13 +17,14 @@ import time
 import urllib.error
 import urllib.request
 import warnings
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import gymnasium as gym
 import h5py
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from common import UserError
@@ -447,32 +447,58 @@ def _checked(path: Path, arrays: dict, obs_dim: int, action_dim: int) -> dict[st
 def _cached(path: Path, read) -> tuple[dict[str, np.ndarray], str]:
     """read(path), kept as a flat npz so that the second start is fast; and the sha256 of path.
 
-    The npz is used only for the same path, size and time of change, and only if its own sha256 file agrees.
+    The npz is used only for the same path, size and time of change, and only if its own sha256 file agrees. Of several
+    processes one reads and writes, the others wait and have the npz.
     """
     stat = path.stat()
-    key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} 1".encode()).hexdigest()[:24]
+    key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} 2".encode()).hexdigest()[:24]
     flat = Path(os.environ.get("DAWM_CACHE_DIR", "~/.cache/dawm")).expanduser() / f"{key}.npz"
-    beside = flat.with_suffix(".json")
-    try:
-        sums = json.loads(beside.read_text())
-        if _sha256(flat) == sums["npz"]:
-            with np.load(flat, allow_pickle=False) as arrays:
-                return dict(arrays), sums["source"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # no cache yet, or a damaged one: read the source again
-    arrays, sha256 = read(path), _sha256(path)
     try:
         flat.parent.mkdir(parents=True, exist_ok=True)
-        temporary = flat.with_suffix(f".{os.getpid()}")
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays)
-        sums = {"source": sha256, "npz": _sha256(temporary)}
-        os.replace(temporary, flat)
-        temporary.write_text(json.dumps(sums))
-        os.replace(temporary, beside)
+        lock = FileLock(f"{flat}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"another process is reading {path}; waiting for it")
+            lock.acquire()
     except OSError as error:
         print(f"note: no data cache at {flat.parent} ({error}); the next start reads {path} again")
-    return arrays, sha256
+        return read(path), _sha256(path)
+    try:
+        try:
+            if flat.with_suffix(".sha256").read_bytes() == _sha256(flat).encode():
+                with np.load(flat, allow_pickle=False) as stored:
+                    arrays = dict(stored)
+                    return arrays, str(arrays.pop("source"))
+            print(f"note: {flat} is damaged (its sha256 is not that beside it); {path} is read again")
+        except FileNotFoundError:
+            pass  # no cache yet
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            print(f"note: {flat} is no cache of this code; {path} is read again")
+        arrays, sha256 = read(path), _sha256(path)
+        try:
+            _write_cache(flat, arrays, sha256)
+        except OSError as error:
+            print(f"note: no data cache at {flat.parent} ({error}); the next start reads {path} again")
+        return arrays, sha256
+    finally:
+        lock.release()
+
+
+def _write_cache(flat: Path, arrays: dict, source: str) -> None:
+    """The npz, with its source's sha256 in it, and then its own beside it: each whole or not at all."""
+    temporary = flat.with_suffix(f".{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, **arrays, source=np.array(source))
+            file.flush()
+            os.fsync(file.fileno())
+        sha256 = _sha256(temporary)
+        os.replace(temporary, flat)
+        temporary.write_text(sha256)
+        os.replace(temporary, flat.with_suffix(".sha256"))
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _sha256(path: Path) -> str:

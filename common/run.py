@@ -1,8 +1,9 @@
-"""One run: its arguments, folder, seeds, progress bars, metrics, and the closing table."""
+"""One run: its arguments, folder, seeds, progress bars, checkpoints, metrics, and the closing table."""
 
 import ast
 import dataclasses
 import datetime
+import errno
 import hashlib
 import importlib.metadata
 import inspect
@@ -14,10 +15,13 @@ import platform
 import random
 import re
 import resource
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 import typing
 from contextlib import contextmanager, redirect_stderr
@@ -26,19 +30,29 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from common import UserError
 
 PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "minari", "h5py")
+STOPPED = 75  # exit code of a run that a signal stopped and that can go on: EX_TEMPFAIL of sysexits.h, "try again"
+GRACE = 4.0  # seconds from a signal to the end, wherever the run stands
+CHECKPOINT_FORMAT = 1
+RESUME_HELP = (
+    """An interrupted run goes on where it was when the same command is given again, or with --resume RUN_FOLDER."""
+)
 
 
 def parse_args(args_class: type, laptop: dict, presets: dict[str, dict] | None = None):
     """Command line to args_class. --preset NAME starts from the defaults presets[NAME], --laptop from those in
     `laptop`, which win over a preset's; any flag given still wins.
 
-    --help shows the fields under the `# ---- Heading` comments of the class, each with its docstring.
+    `--resume RUN_FOLDER` alone takes all arguments from that run. --help shows the fields under the `# ---- Heading`
+    comments of the class, each with its docstring.
     """
+    if "--resume" in sys.argv:
+        return _args_of(_resume_folder(), args_class)
     tree = ast.parse(textwrap.dedent(inspect.getsource(args_class))).body[0].body
     docs = {a.target.id: b.value.value for a, b in itertools.pairwise(tree) if isinstance(b, ast.Expr)}
     words = " ".join(sys.argv[1:]).replace("--preset=", "--preset ").split()
@@ -62,7 +76,7 @@ def parse_args(args_class: type, laptop: dict, presets: dict[str, dict] | None =
         with redirect_stderr(told):
             nested = tyro.cli(
                 dataclasses.make_dataclass("Args", parts),
-                description=sys.modules[args_class.__module__].__doc__,
+                description=f"{sys.modules[args_class.__module__].__doc__}\n{RESUME_HELP}",
                 config=(tyro.conf.OmitArgPrefixes,),
             )
     except SystemExit as stop:
@@ -91,13 +105,131 @@ def check_range(args, low: float, high: float, names: str) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value} {limit}")
 
 
-def run_script(main, args_class: type, laptop: dict, presets: dict[str, dict] | None = None) -> None:
-    """main(args), with bad input told in one line and exit code 2."""
+def _resume_folder() -> Path | None:
+    """The folder after --resume, which stands alone; UserError if it holds no run of this script that can go on."""
+    if "--resume" not in sys.argv:
+        return None
+    if len(sys.argv) != 3 or sys.argv[1] != "--resume":
+        raise UserError("--resume RUN_FOLDER takes every argument from that run; give no other")
+    folder = Path(sys.argv[2])
     try:
-        main(parse_args(args_class, laptop, presets))
+        command = json.loads((folder / "args.json").read_text())["command"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"--resume {folder} is not the folder of a run: it holds no readable args.json")
+    if Path(command[0]).name != Path(sys.argv[0]).name:
+        raise UserError(f"--resume {folder} is a run of {Path(command[0]).name}; resume it with that script")
+    if (folder / "summary.txt").exists():
+        raise UserError(f"--resume {folder} has finished: its results are in summary.txt there")
+    return folder
+
+
+def _args_of(folder: Path, args_class: type):
+    """The arguments of an earlier run, from its args.json."""
+    stored, hints = json.loads((folder / "args.json").read_text())["args"], typing.get_type_hints(args_class)
+    if set(stored) != set(hints):
+        other = ", ".join(sorted(set(stored) ^ set(hints)))
+        raise UserError(f"--resume {folder} was made by another version of the script ({other}); start a new run")
+    for name, value in stored.items():
+        if isinstance(value, list):
+            stored[name] = tuple(value)
+        elif isinstance(value, str) and Path in (hints[name], *typing.get_args(hints[name])):
+            stored[name] = Path(value)
+    return (
+        args_class(**stored)
+        if Path(stored["run_dir"]).resolve() == folder.resolve().parent
+        else args_class(**{**stored, "run_dir": folder.resolve().parent})
+    )
+
+
+class Stopped(Exception):
+    """A signal asked for the end, and the run has reached a place where it can be left."""
+
+
+class Signals:
+    """SIGTERM, SIGUSR1 and Ctrl-C only leave a note, which stages read between two units of work.
+
+    If none does within the grace period, the run ends anyhow; what is on disk is whole, and at most the time since the
+    last checkpoint is lost. A second Ctrl-C ends at once.
+    """
+
+    received: str | None = None
+
+    def __enter__(self):
+        Signals.received, self.timer = None, None
+        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        self.before = {number: signal.signal(number, self._note) for number in numbers}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if self.timer:
+            self.timer.cancel()
+
+    def _note(self, number, _frame) -> None:
+        if Signals.received and number == signal.SIGINT:
+            os._exit(130)
+        if not Signals.received:
+            Signals.received = signal.Signals(number).name
+            self.timer = threading.Timer(GRACE, self._leave)
+            self.timer.daemon = True
+            self.timer.start()
+
+    def _leave(self) -> None:
+        tqdm.write(f"stopped by {Signals.received}, between two checkpoints; {how_to_go_on()}", file=sys.stderr)
+        os._exit(STOPPED)
+
+
+def how_to_go_on() -> str:
+    return f"to go on: {' '.join(map(_quoted, [Path(sys.executable).name, *sys.argv]))}"
+
+
+def _quoted(word: str) -> str:
+    return word if re.fullmatch(r"[\w@%+=:,./-]+", word) else repr(word)
+
+
+def run_script(main, args_class: type, laptop: dict, presets: dict[str, dict] | None = None) -> None:
+    """main(args), with bad input told in one line and exit code 2, and a run that was stopped with exit code 75."""
+    try:
+        with Signals():
+            main(parse_args(args_class, laptop, presets))
     except UserError as error:
         tqdm.write(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as stop:
+        tqdm.write(f"stopped by {Signals.received} {stop}; {how_to_go_on()}", file=sys.stderr)
+        sys.exit(STOPPED)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
+            raise
+        tqdm.write(f"error: {disk_trouble(error.filename or '.', error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def disk_trouble(path, error: Exception) -> str:
+    """One line: what could not be written, why, how much space is left, and the way on."""
+    place = Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free / 2**20
+    why = getattr(error, "strerror", None) or error
+    return f"cannot write {path} ({why}; {free:,.0f} MiB free there); make room and give the same command again"
+
+
+def write_whole(path: Path, write) -> None:
+    """write(file) into a new file that then takes the name `path`: it is there whole or not at all, and on the disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
 
 
 def select_device(name: str) -> torch.device:
@@ -119,6 +251,10 @@ class Run:
         self.records: list[tuple[int, dict[str, float]]] = []  # the lines of metrics.jsonl
         self.fingerprints: dict[str, str] = {}  # sha256 of the data, and of each stage's result
         self.kept: dict[str, str] = {}  # stage -> name of its folder in --stage-dir
+        self.made: set[str] = set()  # those that this run has made, before an interruption too
+        self.checkpoint_folders: dict[str, Path] = {}  # stage -> where it keeps its checkpoints
+        self.last_checkpoint: Path | None = None
+        self.bounds: dict[str, float] = {}  # metric -> the absolute value above which a warning is due, once
         self.device = select_device(args.device)
         if args.threads:
             torch.set_num_threads(args.threads)
@@ -131,20 +267,64 @@ class Run:
         except OSError as error:
             raise UserError(f"cannot write the run folder {self.folder} ({error.strerror}); give another --run-dir")
 
-    def open(self) -> None:
-        """Make the folder: a run that ends at its arguments or its data leaves none behind."""
+    def open(self, content: dict | None = None) -> None:
+        """Make the folder, or take that of an interrupted run with the same args.json.
+
+        A run that ends at its arguments or its data leaves none behind. What an interrupted run had logged is written
+        anew: each stage that is found again brings its metrics along.
+        """
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-        for attempt in range(2, 100):  # two runs may start in the same second
-            try:
-                self.folder.mkdir()
-                break
-            except FileExistsError:
-                self.folder = self.folder.with_name(f"{self.folder.name.removesuffix(f'-{attempt - 1}')}-{attempt}")
+        if not (content and self._take_over(content)):
+            for attempt in range(2, 100):  # two runs may start in the same second
+                try:
+                    self.folder.mkdir()
+                    break
+                except FileExistsError:
+                    self.folder = self.folder.with_name(f"{self.folder.name.removesuffix(f'-{attempt - 1}')}-{attempt}")
+            self.lock = FileLock(self.folder / ".lock")
+            self.lock.acquire()
         self.metrics_file = open(self.folder / "metrics.jsonl", "w", buffering=1)
         self.tensorboard = SummaryWriter(str(self.folder))
         if self.wandb:
             self.wandb.init(project=self.args.wandb_project, name=self.folder.name, config=vars(self.args))
+
+    def _take_over(self, content: dict) -> bool:
+        """Take the folder of the newest interrupted run with the same arguments and data, or of --resume."""
+        resume, content = _resume_folder(), json.loads(json.dumps(content))
+        stem = re.sub(r"\d{8}-\d{6}$", "", self.folder.name)
+        folders = sorted(self.folder.parent.glob(f"{stem}*"), reverse=True) if resume is None else [resume]
+        for folder in folders:
+            if (folder / "summary.txt").exists():
+                continue
+            try:
+                stored = json.loads((folder / "args.json").read_text())
+            except (OSError, ValueError):
+                continue  # killed before it could write them: nothing to go on with
+            moved = {"run_dir": 0} if resume else {}
+            same_args = {**stored["args"], **moved} == {**content["args"], **moved}
+            same_data = stored["data"]["fingerprint"] == content["data"]["fingerprint"]
+            if resume and not same_data:
+                raise UserError(f"--resume {folder} was made from other data than {content['data']['path']} holds now")
+            if not (same_args and same_data):
+                continue
+            lock = FileLock(folder / ".lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                if resume:
+                    raise UserError(f"--resume {folder} is still running")
+                continue
+            self.folder, self.lock = folder, lock
+            try:
+                self.made = set(json.loads((folder / "made.json").read_text()))
+            except (OSError, ValueError):
+                self.made = set()
+            for events in folder.glob("events.out.tfevents.*"):
+                events.unlink()
+            self.say("resumed", f"{folder} was interrupted; it goes on")
+            return True
+        return False
 
     def describe(self, data: dict, **constants) -> None:
         """Print what was really loaded and chosen, and write it with arguments, versions and hardware to args.json."""
@@ -164,8 +344,8 @@ class Run:
             },
         }
         self.fingerprints["data"] = data["fingerprint"]
-        self.open()
-        (self.folder / "args.json").write_text(json.dumps(content, indent=2) + "\n")
+        self.open(content)
+        write_whole(self.folder / "args.json", lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
         self.say("data", f"{data['env_id']}: {data['source']} {data['path']}")
         self.say("", f"sha256 {data['sha256']}")
         if data["note"]:
@@ -188,16 +368,16 @@ class Run:
         np.random.seed(number)
         torch.manual_seed(number)
 
-    @contextmanager
-    def stage(self, name: str, total: int, unit: str):
-        """A timed stage with one progress bar; `bar.update(n)` counts units."""
-        start = time.monotonic()
-        with tqdm(total=total, desc=name, unit=unit, unit_scale=True, mininterval=0.5, dynamic_ncols=True) as bar:
-            self.elsewhere = 0.0
-            yield bar
-        seconds = time.monotonic() - start - self.elsewhere
-        self.stages[name] = (seconds, f"{bar.n / seconds:,.0f} {unit}s/s")
-        self.log(bar.n, {f"time/{name.replace(' ', '_')}_{unit}s_per_second": bar.n / seconds})
+    def stage(self, name: str, total: int, unit: str, saves: tuple = ()) -> "Stage":
+        """A timed stage with one progress bar, and with checkpoints of `saves`: see Stage."""
+        return Stage(self, name, total, unit, saves)
+
+    def has_made(self, stage: str) -> None:
+        """Note on disk that this run has made the stage: after an interruption --fresh does not make it once more."""
+        self.made.add(stage)
+        if (self.folder / "args.json").exists():
+            names = json.dumps(sorted(self.made)).encode()
+            write_whole(self.folder / "made.json", lambda file: file.write(names))
 
     @contextmanager
     def timed(self, name: str):
@@ -211,18 +391,34 @@ class Run:
     def log(self, step: int, values: dict) -> None:
         """Values by "stage/what" name, at that stage's gradient update `step`. Tensors are read here and nowhere else.
 
-        UserError for NaN or infinity in anything but a time: training on would only waste hours.
+        UserError for NaN or infinity in anything but a time: training on would only waste hours. A warning, once, for a
+        value beyond its bound.
         """
         values = {name: value.item() if torch.is_tensor(value) else float(value) for name, value in values.items()}
         for name, value in values.items():
             if not np.isfinite(value):
-                raise UserError(f"{name} became {value} by update {step}; lower that stage's learning rate or guidance")
+                raise UserError(self.not_finite(name, value, step))
+            if abs(value) > self.bounds.get(name, np.inf):
+                bound = self.bounds.pop(name)
+                self.say(
+                    "warning", f"{name} is {value:.4g} at update {step}; no policy can reach more than {bound:.4g}"
+                )
             self.history.setdefault(name, []).append((step, value))
             self.tensorboard.add_scalar(name, value, step)
         self.records.append((step, values))
-        self.metrics_file.write(json.dumps({"step": step, **values}) + "\n")
+        try:
+            self.metrics_file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            raise UserError(disk_trouble(self.folder / "metrics.jsonl", error))
         if self.wandb:
             self.wandb.log({**values, "step": step})
+
+    def not_finite(self, name: str, value, step: int) -> str:
+        last = f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "no checkpoint yet"
+        return (
+            f"{name} became {value} by update {step}; {last}; likely causes: that stage's learning rate, the guidance "
+            "scale, the bounds of the normaliser: lower the first two"
+        )
 
     def reused(self, stage: str, text: str) -> None:
         """Tell, now and in the closing table, that a stage's result was found and not made."""
@@ -244,10 +440,16 @@ class Run:
         print(f"\n{'-' * 72}\n{table}\n{'-' * 72}")
         kept = {stage: str(Path(self.args.stage_dir) / name) for stage, name in self.kept.items()}
         (self.folder / "stages.json").write_text(json.dumps(kept, indent=2) + "\n")
-        (self.folder / "summary.txt").write_text(table + "\n")
         self._plot()
         self.tensorboard.close()
         self.metrics_file.close()
+        write_whole(
+            self.folder / "summary.txt", lambda file: file.write((table + "\n").encode())
+        )  # last: it is finished
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        for name in ("made.json", ".lock"):
+            (self.folder / name).unlink(missing_ok=True)
+        self.lock.release()
         if self.wandb:
             self.wandb.finish()
 
@@ -277,6 +479,212 @@ class Run:
         figure.tight_layout()
         figure.savefig(self.folder / "curves.png", dpi=100)
         plt.close(figure)
+
+
+def save_checkpoint(folder: Path, number: int, content: dict) -> Path:
+    """Write plain values and tensors, then their sha256 beside them; the newest two stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{number:012d}.pt"
+    write_whole(path, lambda file: torch.save({"format": CHECKPOINT_FORMAT, **content}, file))
+    write_whole(Path(f"{path}.sha256"), lambda file: file.write(_sha256(path).encode()))
+    for old in sorted(folder.glob("*.pt"))[:-2]:
+        Path(f"{old}.sha256").unlink(missing_ok=True)
+        old.unlink()
+    return path
+
+
+def load_checkpoint(folder: Path, device: torch.device, say) -> tuple[Path | None, dict | None]:
+    """The newest whole checkpoint, or None where none was ever finished. A damaged one is told and not used.
+
+    One without its sha256 was being written when its process ended. UserError if all are damaged or foreign.
+    """
+    damaged = False
+    for path in sorted(folder.glob("*.pt"), reverse=True):
+        beside = Path(f"{path}.sha256")
+        if not beside.exists():
+            continue
+        if _sha256(path) != beside.read_text(errors="replace"):
+            damaged = True
+            say(f"{path} is damaged (its sha256 is not that of {beside.name}); not used")
+            continue
+        try:
+            content = torch.load(path, map_location=device, weights_only=True)
+        except Exception as error:  # of many types; weights_only unpickles nothing but tensors and plain values
+            why = str(error).splitlines()[0]
+            raise UserError(f"{path} is damaged or holds more than tensors and plain values ({why}); delete it")
+        if content["format"] != CHECKPOINT_FORMAT:
+            raise UserError(f"{path} is of format {content['format']}, this code reads {CHECKPOINT_FORMAT}; delete it")
+        return path, content
+    if damaged:
+        raise UserError(f"no checkpoint in {folder} is whole; delete that folder to begin the stage again")
+    return None, None
+
+
+class Stage:
+    """A stage of a run: its progress bar, its time, its checkpoints.
+
+    `for item in stage.over(items)` goes through what is still to do; `for update in stage` counts from 1. `saves` is
+    all that changes on the way: modules, optimizers, objects that hold such things, and dicts of plain values and
+    tensors, which are filled in place. With a checkpoint they are restored, with every random stream and all metrics,
+    and the items that were done are passed over. A signal ends the stage between two items, after a checkpoint.
+    """
+
+    def __init__(self, run: Run, name: str, total: int, unit: str, saves: tuple):
+        self.run, self.name, self.total, self.unit, self.saves = run, name, total, unit, saves
+        self.folder = run.checkpoint_folders.get(name) if saves else None
+        self.every = 60 * getattr(run.args, "checkpoint_every", 0)
+        self.done, self.before = 0, 0.0  # items, and seconds of the parts before an interruption
+
+    def __enter__(self):
+        self.run.elsewhere, self.first_record = 0.0, len(self.run.records)
+        self.bar = tqdm(
+            total=self.total, desc=self.name, unit=self.unit, unit_scale=True, mininterval=0.5, dynamic_ncols=True
+        )
+        self.start = self.last = time.monotonic()
+        if self.folder:
+            self._restore()
+            self._check_space()
+        return self
+
+    def __exit__(self, kind, *_):
+        self.bar.close()
+        if kind is None:
+            seconds = self._seconds()
+            self.run.stages[self.name] = (seconds, f"{self.bar.n / seconds:,.0f} {self.unit}s/s")
+            rate = f"time/{self.name.replace(' ', '_')}_{self.unit}s_per_second"
+            self.run.log(self.bar.n, {rate: self.bar.n / seconds})
+
+    def _seconds(self) -> float:
+        return self.before + time.monotonic() - self.start - self.run.elsewhere
+
+    def __iter__(self):
+        return self.over(range(1, self.total + 1))
+
+    def over(self, items):
+        for item in items[self.done :]:
+            if Signals.received:
+                self._stop()
+            if self.every and time.monotonic() - self.last > self.every:
+                self.checkpoint()
+            yield item
+            self.done += 1
+            self.bar.update(1 if isinstance(item, int) else len(item))
+
+    def update(self, count: int = 1) -> None:
+        """Progress of a stage without checkpoints."""
+        if Signals.received:
+            self._stop()
+        self.bar.update(count)
+
+    def _stop(self) -> None:
+        saved = self.folder and self.every and self.checkpoint()
+        where = f"in stage {self.name} at {self.bar.n:,} of {self.total:,} {self.unit}s"
+        raise Stopped(f"{where}, {'with a checkpoint' if saved else 'whose progress is not kept'}")
+
+    def checkpoint(self) -> bool:
+        """Write one, keep two. False if the disk does not take it: the run goes on, the last one stands."""
+        if self.folder is None:
+            return False
+        self.last, state = time.monotonic(), [_state(thing) for thing in self.saves]
+        for tensor in _tensors(state):
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise UserError(self.run.not_finite(f"a value of stage {self.name}", "NaN or infinite", self.done))
+        content = {
+            "stage": self.name, "done": self.done, "units": self.bar.n,
+            "seconds": self._seconds(), "records": self.run.records[self.first_record :], "state": state,
+            "random": _random_streams(),
+        }  # fmt: skip
+        try:
+            path = save_checkpoint(self.folder, self.done, content)
+        except (OSError, RuntimeError) as error:  # torch tells a full disk as a RuntimeError
+            where = self.folder / f"{self.done:012d}.pt"
+            self.run.say("warning", f"{disk_trouble(where, error)}; the run goes on without this checkpoint")
+            return False
+        self.run.last_checkpoint = path
+        return True
+
+    def _restore(self) -> None:
+        path, content = load_checkpoint(self.folder, self.run.device, lambda text: self.run.say("warning", text))
+        if content is None:
+            return
+        for thing, state in zip(self.saves, content["state"], strict=True):
+            _restore_state(thing, state)
+        _restore_random_streams(content["random"])
+        for step, values in content["records"]:
+            self.run.log(step, values)
+        self.done, self.before, self.run.last_checkpoint = content["done"], content["seconds"], path
+        self.bar.n = self.bar.initial = content["units"]
+        self.run.say(self.name, f"goes on at {self.bar.n:,} of {self.total:,} {self.unit}s, from {path}")
+
+    def _check_space(self) -> None:
+        """UserError if three checkpoints, two kept and one in the making, will not fit."""
+        size = sum(tensor.nbytes for tensor in _tensors([_state(thing) for thing in self.saves]))
+        optimizers = [x for thing in self.saves for x in _holders(thing) if isinstance(x, torch.optim.Optimizer)]
+        if not self.done:  # Adam's two moments are made by its first update
+            size += 2 * sum(
+                p.nbytes for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]
+            )
+        place = self.folder
+        while not place.exists():
+            place = place.parent
+        free = shutil.disk_usage(place).free
+        if self.every and 3 * size > free:
+            raise UserError(
+                f"the checkpoints of stage {self.name} need {3 * size / 2**20:,.0f} MiB in {self.folder}, which has "
+                f"{free / 2**20:,.0f} MiB free; make room, or --checkpoint-every 0 makes none"
+            )
+
+
+def _holders(thing) -> list:
+    """What has a state_dict: the thing itself, or else its attributes that do, in order."""
+    parts = [thing] if hasattr(thing, "state_dict") or isinstance(thing, dict) else vars(thing).values()
+    return [part for part in parts if hasattr(part, "state_dict")]
+
+
+def _state(thing):
+    return thing if isinstance(thing, dict) else [x.state_dict() for x in _holders(thing)]
+
+
+def _restore_state(thing, state) -> None:
+    if isinstance(thing, dict):
+        thing.clear()
+        thing.update(state)
+        return
+    for holder, part in zip(_holders(thing), state, strict=True):
+        holder.load_state_dict(part)
+
+
+def _tensors(state):
+    """All tensors in nested dicts, lists and tuples."""
+    if torch.is_tensor(state):
+        yield state
+    elif isinstance(state, dict | list | tuple):
+        for part in state.values() if isinstance(state, dict) else state:
+            yield from _tensors(part)
+
+
+def _random_streams() -> dict:
+    """The state of every random stream, in plain types."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [name, keys.tolist(), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _restore_random_streams(streams: dict) -> None:
+    version, keys, gauss = streams["python"]
+    random.setstate((version, tuple(keys), gauss))
+    np.random.set_state(tuple(streams["numpy"]))
+    torch.set_rng_state(streams["torch"].cpu())
+    torch.cuda.set_rng_state_all([state.cpu() for state in streams["cuda"]])
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _import_wandb():

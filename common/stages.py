@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from common import UserError
 
-FORMAT = 1  # of the folder; another number is told, never half-read
+FORMAT = 2  # of the folder; another number is told, never half-read
 
 
 def stage_source(function) -> tuple[str, list[str]]:
@@ -60,6 +60,29 @@ def stage_source(function) -> tuple[str, list[str]]:
     return "\n".join(ast.unparse(found[name]) for name in sorted(found)), sorted(fields)
 
 
+def depends(run, name: str, function, inputs) -> tuple[dict, str]:
+    """All that the result of a stage depends on, and a folder's name for it: the stage's name and a hash of that."""
+    source, fields = stage_source(function)
+    content = {
+        "source": hashlib.sha256(source.encode()).hexdigest(),
+        "args": {field: getattr(run.args, field) for field in fields},
+        "inputs": {stage: run.fingerprints[stage] for stage in inputs},
+        "device": run.device.type,
+    }
+    content = json.loads(json.dumps(content, default=str))  # as it will be read back
+    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    return content, f"{name.replace(' ', '_')}-{key}"
+
+
+def resumable(run, name: str, function) -> None:
+    """Give a stage whose result no other run wants a place for its checkpoints, in the run's own folder.
+
+    They are found again while its source, arguments and all that the run has loaded and made so far stay as they are.
+    """
+    folder = depends(run, name, function, sorted(run.fingerprints))[1]
+    run.checkpoint_folders[name] = run.folder / "checkpoints" / folder
+
+
 class Kept:
     """The place of one stage's result. `tensors`, on the run's device, is what was found there, or None: then make the
     result and `keep` it.
@@ -70,16 +93,12 @@ class Kept:
 
     def __init__(self, run, name: str, function, after: tuple[str, ...] = ()):
         self.run, self.name = run, name
-        source, fields = stage_source(function)
-        self.depends = {
-            "source": hashlib.sha256(source.encode()).hexdigest(),
-            "args": {field: getattr(run.args, field) for field in fields},
-            "inputs": {stage: run.fingerprints[stage] for stage in ("data", *after)},
-            "device": run.device.type,
-        }
-        self.depends = json.loads(json.dumps(self.depends, default=str))  # as it will be read back
-        key = hashlib.sha256(json.dumps(self.depends, sort_keys=True).encode()).hexdigest()[:16]
-        self.folder = Path(run.args.stage_dir) / f"{name.replace(' ', '_')}-{key}"
+        self.depends, folder = depends(run, name, function, ("data", *after))
+        self.folder = Path(run.args.stage_dir) / folder
+        fresh = run.args.fresh and name not in run.made  # an interrupted run does not make its own stages once more
+        # In the store, where every run that wants this stage finds them; a fresh one begins with none.
+        checkpoints = run.folder / "checkpoints" if run.args.fresh else self.folder.parent
+        run.checkpoint_folders[name] = checkpoints / f".checkpoints-{folder}"
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             self.lock = FileLock(f"{self.folder}.lock")
@@ -93,7 +112,7 @@ class Kept:
             raise UserError(f"cannot write the stage store {where} ({error.strerror}); give another --stage-dir")
         run.kept[name] = self.folder.name
         self.tensors = None
-        if self.folder.exists() and not run.args.fresh:
+        if self.folder.exists() and not fresh:
             try:
                 self.tensors = self._read()
             finally:
@@ -114,6 +133,9 @@ class Kept:
         if depends != self.depends:
             other = [k for k in self.depends if depends.get(k) != self.depends[k]]
             raise UserError(f"{self.folder} was made from other {', '.join(other)} than its name says; {way_out}")
+        beside = self.folder / "manifest.sha256"
+        if not beside.exists() or _sha256(self.folder / "manifest.json") != beside.read_text(errors="replace"):
+            raise UserError(f"{self.folder} holds a damaged manifest.json (not of the sha256 beside it); {way_out}")
         path = self.folder / "tensors.safetensors"
         if not path.exists() or _sha256(path) != sha256:
             raise UserError(f"{path} is damaged (its sha256 is not the manifest's); {way_out}")
@@ -125,12 +147,20 @@ class Kept:
         return load_file(path, device=str(self.run.device))
 
     def keep(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Write the result, whole or not at all, and let others have it. A full disk is told, the run goes on."""
+        """Write the result, whole or not at all, and let others have it. A full disk is told, the run goes on.
+
+        UserError for NaN or infinity: nothing is kept then.
+        """
+        for what, tensor in tensors.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise UserError(self.run.not_finite(f"{what} of stage {self.name}", "NaN or infinite", len(tensor)))
         try:
             self._write(tensors)
+            self.run.has_made(self.name)
         except (OSError, SafetensorError) as error:
             self.run.fingerprints[self.name] = f"not kept {time.time()}"  # what builds on it is not to be found either
             self.run.say(self.name, f"could not be kept in {self.folder} ({error}); the run goes on without")
+        shutil.rmtree(self.run.checkpoint_folders[self.name], ignore_errors=True)
         self.lock.release()
 
     def _write(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -150,6 +180,7 @@ class Kept:
             "run": str(self.run.folder),
         }
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+        (folder / "manifest.sha256").write_text(_sha256(folder / "manifest.json"))
         for path in folder.iterdir():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())

@@ -71,7 +71,7 @@ def main() -> None:
     options = parser.parse_args()
     if (options.synthetic is None) != (options.source == "real") or (options.count and options.source == "real"):
         parser.error("give the folder of a kept synthetic set, or --source real, which has nothing to --count")
-    name = f"true_dynamics_{options.source}"
+    name = f"true_dynamics_{options.synthetic.name if options.synthetic else 'real'}"
     args = Args(**{**asdict(Args()), **LAPTOP, "env_id": "local/hopper/medium-v0", "physics": "d4rl"})
     args.seed, args.exp_name, args.run_dir = options.seed, name, Path("runs/true_dynamics")
     args.bc_alpha = options.bc_alpha

@@ -34,7 +34,7 @@ import tyro
 from filelock import FileLock, Timeout
 from minari.data_collector import EpisodeBuffer
 from minari.storage import get_dataset_path
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -126,9 +126,12 @@ def _load_policy(path: Path, sha256: str) -> Policy:
             f"{path}: sha256 is {found}, but SHA256SUMS beside it lists {sha256}; restore both files, "
             "or export the policies again with train_behavior.py"
         )
-    with safe_open(path, "pt") as file:
-        facts = json.loads((file.metadata() or {}).get("policy", "{}"))
-        weights = {name: file.get_tensor(name) for name in file.keys()}
+    try:
+        with safe_open(path, "pt") as file:
+            facts = json.loads((file.metadata() or {}).get("policy", "{}"))
+            weights = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise UserError(f"{path} is no safetensors file ({error}); export it again with train_behavior.py")
     if facts.get("format") != POLICY_FORMAT:
         raise UserError(f"{path} has format {facts.get('format')}, this script reads {POLICY_FORMAT}; export it again")
     width, obs_dim = weights["trunk.0.weight"].shape

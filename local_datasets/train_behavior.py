@@ -26,6 +26,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
+import mujoco
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import UserError
 from common.evaluation import Evaluator, make_env
+from common.run import STOPPED, Signals, Stopped, how_to_go_on, load_checkpoint, save_checkpoint
 
 BEHAVIOR_DIR = Path(__file__).resolve().parent / "behavior"
 POLICY_FORMAT = 1  # of the shipped files; collect.py refuses others
@@ -178,7 +180,8 @@ class Trainer:
             self.actor_optimizer.step()
             self.critic.requires_grad_(True)
 
-    def state(self, step: int, episode: int) -> dict:
+    def state(self, step: int, episode: int, simulator: dict) -> dict:
+        """For a checkpoint in the middle of an episode: `simulator` is all that decides its further course."""
         modules = {name: getattr(self, name).state_dict() for name in self.stateful}
         return {
             **modules,
@@ -187,9 +190,10 @@ class Trainer:
             "torch_random": torch.get_rng_state(),
             "step": step,
             "episode": episode,
+            "simulator": simulator,
         }
 
-    def load(self, state: dict) -> tuple[int, int]:
+    def load(self, state: dict) -> tuple[int, int, dict]:
         for name in self.stateful:
             getattr(self, name).load_state_dict(state[name])
         for optimizer in (self.critic_optimizer, self.actor_optimizer):
@@ -198,7 +202,7 @@ class Trainer:
         self.log_entropy_weight.data.copy_(state["log_entropy_weight"])
         self.replay[: state["step"]] = state["replay"]
         torch.set_rng_state(state["torch_random"])
-        return state["step"], state["episode"]
+        return state["step"], state["episode"], state["simulator"]
 
 
 def as_policy(actor: Actor, noise_seed: int, deterministic: bool = False):
@@ -231,45 +235,68 @@ def train(args: Args) -> None:
     evaluator = Evaluator(SIMULATOR[args.robot], "d4rl", args.eval_episodes)
     torch.manual_seed(args.seed)
     trainer = Trainer(args, env.observation_space.shape[0], env.action_space.shape[0])
-    checkpoint, log_path = folder / "checkpoint.pt", folder / "snapshots.csv"
-    step = episode = 0
-    if checkpoint.exists():
-        step, episode = trainer.load(torch.load(checkpoint, weights_only=True))
-        print(f"resumed {checkpoint} at step {step}")
+    checkpoints, log_path = folder / "checkpoints", folder / "snapshots.csv"
+    step, episode, simulator = 0, 0, {}
+    path, state = load_checkpoint(checkpoints, torch.device("cpu"), print)
+    if state:
+        step, episode, simulator = trainer.load(state)
+        print(f"resumed {path} at step {step}")
     rows = [row for row in _read_log(log_path) if int(row["step"]) <= step]
     last_save = time.monotonic()
     bar = tqdm(total=args.total_steps, initial=step, desc=f"SAC {args.robot}", unit="step", mininterval=5)
+    obs = _restore_simulator(env, simulator, args.seed, episode) if simulator else None
+    in_episode = simulator.get("steps", 0)  # each episode has a seed of its own, so no stream of the simulator is kept
     while step < args.total_steps:
-        # Checkpoints fall between episodes and each episode has its own seed, so no simulator state need be kept.
-        if time.monotonic() - last_save > 60 * args.checkpoint_every:
-            save_atomically(checkpoint, partial(torch.save, trainer.state(step, episode)))
+        if Signals.received or time.monotonic() - last_save > 60 * args.checkpoint_every:
+            simulator = _simulator_state(env, obs, in_episode) if in_episode else {}
+            save_checkpoint(checkpoints, step, trainer.state(step, episode, simulator))
             last_save = time.monotonic()
-        obs, _ = env.reset(seed=args.seed * 1_000_000 + episode)
-        for _ in range(env.spec.max_episode_steps):
-            tensor = torch.as_tensor(obs, dtype=torch.float32)
-            if step < args.learning_starts:
-                action = 2 * torch.rand(env.action_space.shape) - 1
-            else:
-                with torch.inference_mode():
-                    action = trainer.actor(tensor)[0]
-            obs, reward, terminated, _, _ = env.unwrapped.step(action.numpy())
-            next_tensor = torch.as_tensor(obs, dtype=torch.float32)
-            trainer.replay[step] = torch.cat(
-                [tensor, action, torch.tensor([reward]), next_tensor, torch.tensor([terminated])]
-            )
-            step += 1
-            if step >= args.learning_starts:
-                trainer.update(step)
-            if step % args.snapshot_every == 0:
-                rows.append(_snapshot(trainer, evaluator, folder, step))
-                _write_log(log_path, rows)
-                bar.set_postfix(mean_return=rows[-1]["mean_return"])
-            bar.update()
-            if terminated or step >= args.total_steps:
-                break
-        episode += 1
+            if Signals.received:
+                raise Stopped(f"at step {step:,}, with a checkpoint")
+        if in_episode == 0:
+            obs, _ = env.reset(seed=args.seed * 1_000_000 + episode)
+        tensor = torch.as_tensor(obs, dtype=torch.float32)
+        if step < args.learning_starts:
+            action = 2 * torch.rand(env.action_space.shape) - 1
+        else:
+            with torch.inference_mode():
+                action = trainer.actor(tensor)[0]
+        obs, reward, terminated, _, _ = env.unwrapped.step(action.numpy())
+        next_tensor = torch.as_tensor(obs, dtype=torch.float32)
+        trainer.replay[step] = torch.cat(
+            [tensor, action, torch.tensor([reward]), next_tensor, torch.tensor([terminated])]
+        )
+        step, in_episode = step + 1, in_episode + 1
+        if step >= args.learning_starts:
+            trainer.update(step)
+        if step % args.snapshot_every == 0:
+            rows.append(_snapshot(trainer, evaluator, folder, step))
+            _write_log(log_path, rows)
+            bar.set_postfix(mean_return=rows[-1]["mean_return"])
+        bar.update()
+        if terminated or in_episode == env.spec.max_episode_steps:
+            episode, in_episode = episode + 1, 0
     bar.close()
-    save_atomically(checkpoint, partial(torch.save, trainer.state(step, episode)))
+    simulator = _simulator_state(env, obs, in_episode) if in_episode else {}
+    save_checkpoint(checkpoints, step, trainer.state(step, episode, simulator))
+
+
+def _simulator_state(env, obs: np.ndarray, steps: int) -> dict:
+    """MuJoCo's whole state, as plain values, so that the episode goes on to the bit."""
+    model, data, kind = env.unwrapped.model, env.unwrapped.data, mujoco.mjtState.mjSTATE_INTEGRATION
+    state = np.empty(mujoco.mj_stateSize(model, kind))
+    mujoco.mj_getState(model, data, state, kind)
+    return {"state": state.tolist(), "obs": obs.tolist(), "steps": steps}
+
+
+def _restore_simulator(env, simulator: dict, seed: int, episode: int) -> np.ndarray:
+    """Put env back into the middle of its episode -> obs."""
+    env.reset(seed=seed * 1_000_000 + episode)
+    model, data, kind = env.unwrapped.model, env.unwrapped.data, mujoco.mjtState.mjSTATE_INTEGRATION
+    mujoco.mj_setState(model, data, np.array(simulator["state"]), kind)
+    mujoco.mj_forward(model, data)
+    mujoco.mj_setState(model, data, np.array(simulator["state"]), kind)  # forward moves the solver's warm start
+    return np.array(simulator["obs"])
 
 
 def _snapshot(trainer: Trainer, evaluator: Evaluator, folder: Path, step: int) -> dict:
@@ -443,7 +470,11 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args))
+        with Signals():
+            main(tyro.cli(Args))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as stop:
+        print(f"stopped by {Signals.received} {stop}; {how_to_go_on()}", file=sys.stderr)
+        sys.exit(STOPPED)

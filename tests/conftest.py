@@ -9,6 +9,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--full", action="store_true", help="as many trials as docs/reliability.md states; some 40 minutes"
+    )
+
+
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
     """tmp_path, with D4RL files looked for in d4rl/, Minari data sets in minari/, and the cache in cache/."""

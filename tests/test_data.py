@@ -587,10 +587,10 @@ def test_second_load_reads_the_cache(folders, monkeypatch):
     second = load_dataset(NAME, path)
     assert same(first, second) and first.facts() == second.facts()
     assert len(list((folders / "cache").glob("*.npz"))) == 1
-    assert len(list((folders / "cache").iterdir())) == 2  # the npz and its sums; no temporary file
+    assert len(list((folders / "cache").iterdir())) == 3  # the npz, its sha256 and the lock; no temporary file
 
 
-def test_flipped_byte_in_the_cache(folders, reads):
+def test_flipped_byte_in_the_cache(folders, reads, capsys):
     path = write(folders / "mine.hdf5", hopper_arrays())
     first = load_dataset(NAME, path)
     (flat,) = (folders / "cache").glob("*.npz")
@@ -599,7 +599,7 @@ def test_flipped_byte_in_the_cache(folders, reads):
         place = whole.index(arrays["reward"].tobytes()) + 2  # a byte of a value: only the sha256 can tell
     flat.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
     assert same(load_dataset(NAME, path), first) and reads == [path, path]
-    assert flat.read_bytes() == whole  # mended
+    assert flat.read_bytes() == whole and f"{flat} is damaged" in capsys.readouterr().out  # mended, and told
     load_dataset(NAME, path)
     assert len(reads) == 2
 
@@ -608,7 +608,7 @@ def test_flipped_byte_in_the_cache(folders, reads):
 def test_damaged_sums(folders, reads, content):
     path = write(folders / "mine.hdf5", hopper_arrays())
     first = load_dataset(NAME, path)
-    (sums,) = (folders / "cache").glob("*.json")
+    (sums,) = (folders / "cache").glob("*.sha256")
     sums.write_bytes(content)
     assert same(load_dataset(NAME, path), first) and len(reads) == 2
 
@@ -616,7 +616,7 @@ def test_damaged_sums(folders, reads, content):
 def test_missing_half_of_the_cache(folders, reads):
     path = write(folders / "mine.hdf5", hopper_arrays())
     first = load_dataset(NAME, path)
-    for i, half in enumerate(("*.npz", "*.json"), 2):
+    for i, half in enumerate(("*.npz", "*.sha256"), 2):
         next((folders / "cache").glob(half)).unlink()
         assert same(load_dataset(NAME, path), first) and len(reads) == i
 

@@ -184,7 +184,7 @@ def test_the_policys_rate_falls_to_0_by_a_cosine_and_no_other(delay):
 
 
 def test_every_update_moves_the_policy_by_default():
-    source = script.batches(Args(agent_batch_size=8), torch.zeros(10, 5), torch.ones(20, 5), None)
+    source = script.batches(Args(agent_batch_size=8), torch.zeros(10, 5), torch.ones(20, 5), None, {"count": 0, "h": 0})
     assert [next(source)[1] for _ in range(3)] == [True] * 3
 
 

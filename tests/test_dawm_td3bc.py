@@ -497,7 +497,7 @@ def test_actor_carries_the_observation_statistics():
 @pytest.mark.parametrize("fraction, expected", [(0.0, 0), (0.25, 16), (1.0, 64)])
 def test_batches_mix_by_the_fraction(fraction, expected):
     args = Args(synthetic_fraction=fraction, agent_batch_size=64)
-    source = script.batches(args, torch.zeros(10, 5), torch.ones(20, 5), None)
+    source = script.batches(args, torch.zeros(10, 5), torch.ones(20, 5), None, {"count": 0, "h": 0})
     flags = []
     for _ in range(4):
         rows, update_actor = next(source)
@@ -511,7 +511,7 @@ def test_online_batches_follow_algorithm_2():
     rows = torch.arange(3).float().repeat(4, 1)[..., None].expand(4, 3, 5)
     valid = torch.tensor([[True, True, False]] * 4)
     args = Args(synthesis="online", horizon=2)
-    source = script.batches(args, torch.zeros(10, 5), None, lambda index: (rows, valid))
+    source = script.batches(args, torch.zeros(10, 5), None, lambda index: (rows, valid), {"count": 0, "h": 0})
     assert [(float(r[0, 0]), len(r), flag) for r, flag in (next(source) for _ in range(4))] == [
         (0.0, 4, False), (1.0, 4, False), (0.0, 4, True), (1.0, 4, True),
     ]  # fmt: skip

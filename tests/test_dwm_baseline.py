@@ -189,7 +189,7 @@ def test_the_store_serves_every_horizon_termination_and_agent(new_run):
 def test_batches_come_from_the_store_or_from_the_model():
     args, asked = Args(agent_batch_size=64, policy_delay=2), []
     synthesizer = SimpleNamespace(windows=SimpleNamespace(start=torch.arange(10)))
-    source = script.batches(args, torch.arange(10.0)[:, None] + 100, synthesizer)
+    source = script.batches(args, torch.arange(10.0)[:, None] + 100, synthesizer, {"count": 0})
     rows, flags = zip(*(next(source) for _ in range(4)))
     assert flags == (False, True, False, True)
     assert all(len(batch) == 64 for batch in rows) and set(torch.cat(rows)[:, 0].tolist()) == set(range(100, 110))
@@ -199,7 +199,7 @@ def test_batches_come_from_the_store_or_from_the_model():
             asked.append(index)
             return index[:, None] * 2.0
 
-    source = script.batches(args, None, Imagine(windows=synthesizer.windows))
+    source = script.batches(args, None, Imagine(windows=synthesizer.windows), {"count": 0})
     rows, _ = zip(*(next(source) for _ in range(4)))
     assert len(asked) == 4 and set(torch.cat(asked).tolist()) == set(range(10))
     assert all(torch.equal(batch[:, 0], index * 2.0) for batch, index in zip(rows, asked, strict=True))

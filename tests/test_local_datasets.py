@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -288,9 +289,29 @@ def test_killed_training_resumes_to_the_same_policies(made_up):
     resumed = start("train_behavior.py", *TOY, "--folder", "killed", cwd=made_up)
     output, errors = resumed.communicate()
     assert resumed.returncode == 0 and "resumed" in output, errors
+    same_policies(made_up)
+
+
+def same_policies(made_up):
     for name in ("snapshots.csv", *(f"snapshots/{step:07d}.safetensors" for step in (200, 400, 600))):
         one, other = (made_up / run / "hopper" / name for run in ("whole", "killed"))
         assert one.read_bytes() == other.read_bytes(), name
+
+
+def test_stopped_training_goes_on_in_the_middle_of_an_episode(made_up):
+    """SIGTERM: a checkpoint within 5 seconds, exit code 75, and at the end the same policies to the byte."""
+    whole = start("train_behavior.py", *TOY, "--folder", "whole", cwd=made_up)
+    words = [*TOY[:-1], 1000, "--folder", "killed"]  # no checkpoint but the signal's
+    process = start("train_behavior.py", *words, cwd=made_up)
+    wait_for((made_up / "killed" / "hopper" / "snapshots").exists, process)
+    time.sleep(0.7)
+    process.send_signal(signal.SIGTERM)
+    begin = time.monotonic()
+    _, errors = process.communicate()
+    assert process.returncode == 75 and time.monotonic() - begin < 5, errors
+    assert "with a checkpoint; to go on: " in errors
+    assert start("train_behavior.py", *words, cwd=made_up).wait() == 0 and whole.wait() == 0
+    same_policies(made_up)
 
 
 def write_run(folder: Path, returns: list[float]) -> None:

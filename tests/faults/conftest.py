@@ -1,0 +1,40 @@
+"""A few trials of each promise; `pytest tests/faults --full` makes as many as docs/reliability.md states."""
+
+import pytest
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "full: only with --full")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("full") and not config.getoption("--full"):
+            item.add_marker(pytest.mark.skip(reason="with --full"))
+
+
+@pytest.fixture
+def trials(request):
+    """trials(few, many): how many to make."""
+    return lambda few, many: many if request.config.getoption("--full") else few
+
+
+@pytest.fixture
+def told(request):
+    """told(promise, figure): a row of the table that `make test-faults` prints at its end."""
+
+    def told(promise: str, figure: str) -> None:
+        request.config.stash.setdefault(ROWS, []).append((promise, figure))
+
+    return told
+
+
+ROWS = pytest.StashKey()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    rows = config.stash.get(ROWS, [])
+    if rows and config.getoption("--full"):
+        terminalreporter.write_line("\n| promise | measured |\n|---|---|")
+        for promise, figure in rows:
+            terminalreporter.write_line(f"| {promise} | {figure} |")
