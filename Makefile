@@ -1,5 +1,6 @@
 # make demo   install, make the local Hopper data, run DAWM-TD3BC at laptop scale, print the score
 # make test   install, lint, test
+# make test-faults  kills, damage and full disks, as often as docs/reliability.md states; some 20 minutes
 # make peers  install d3rlpy into an environment of its own, for experiments/peers.sh
 # Another interpreter: make demo PYTHON=python3.12
 
@@ -7,7 +8,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test peers clean
+.PHONY: demo test test-faults peers clean
 
 demo: $(VENV)/.run-installed
 	$(BIN)/python dawm_td3bc.py --env-id local/hopper/medium-v0 --laptop
@@ -16,6 +17,9 @@ test: $(VENV)/.dev-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+test-faults: $(VENV)/.dev-installed
+	$(BIN)/python -m pytest tests/faults --full
 
 # d3rlpy pins gymnasium 1.0.0, so it cannot share our environment.
 peers: .venv-peers/bin/python

@@ -42,20 +42,18 @@ def main() -> None:
         run.checkpoint_folders = {"agent": Path(folder) / "agent"}
         source = script.batches(args, rows, rows, None, progress["at"])
         times = {"plain loop": [], "stage": []}
-        for _ in range(options.rounds):
-            start = time.perf_counter()
-            for _ in range(options.updates):
-                progress["losses"] |= agent.update(*next(source))
-            times["plain loop"].append(time.perf_counter() - start)
-            with run.stage("agent", options.updates, "update", (agent, progress)) as stage:
-                start = time.perf_counter()
-                for _ in stage:
-                    progress["losses"] |= agent.update(*next(source))
-                times["stage"].append(time.perf_counter() - start)
+        for round_ in range(options.rounds):
+            for name in list(times)[:: 1 if round_ % 2 else -1]:  # either may be the first
+                with run.stage("agent", options.updates, "update", (agent, progress)) as stage:
+                    start = time.perf_counter()
+                    for _ in stage if name == "stage" else range(options.updates):
+                        progress["losses"] |= agent.update(*next(source))
+                    times[name].append(time.perf_counter() - start)
         ratios = [b / a for a, b in zip(*times.values(), strict=True)]
+        low, median, high = statistics.quantiles(ratios)
         print(
             f"{options.rounds} interleaved rounds of {options.updates} updates, one thread: stage / plain loop "
-            f"median {statistics.median(ratios):.4f} (quartiles {', '.join(f'{q:.4f}' for q in statistics.quantiles(ratios)[::2])})"
+            f"median {median:.4f}, quartiles {low:.4f} and {high:.4f}"
         )
         obs, action = torch.randn(2_000, 11, device=run.device), torch.zeros(2_000, 3, device=run.device)
         windows = type("Windows", (), dict(obs=obs, action=action, reward=obs[:, 0]))
@@ -76,9 +74,9 @@ def main() -> None:
                     seconds.append(time.perf_counter() - start)
                 size = next(stage.folder.glob("*.pt")).stat().st_size / 2**20
             median = statistics.median(seconds)
+            share, every = 100 * median / (60 * args.checkpoint_every), f"{args.checkpoint_every:g}"
             print(
-                f"{name}: {median:.3f} s per checkpoint of {size:,.1f} MiB, "
-                f"{100 * median / (60 * args.checkpoint_every):.3f} % of the time at one every {args.checkpoint_every:g} minutes"
+                f"{name}: {median:.3f} s per checkpoint of {size:,.1f} MiB, {share:.3f} % at one every {every} minutes"
             )
 
 

@@ -1,12 +1,14 @@
 """Does asking DD for more return give more? Plans and episodes for five targets, Hopper, laptop scale.
 
     python experiments/dd_guidance.py --seeds 0 1 2     # of dd_baseline.py; trains what is not kept
+    python experiments/dd_guidance.py --env-id local/hopper/medium-v0 --out docs/dd_guidance_medium
 
-The targets are percentiles of the data's discounted episode returns. For each:
+The targets are percentiles of the data's return-to-go labels, over all states. (Over first states they hardly differ:
+discounting ends within any episode.) For each:
 
 * plans: from 1,000 real states, equal ones and equal noise for all targets, one plan each. The simulator is set to
   each planned state, takes the action that the inverse dynamics gives for the next one, and tells the reward; a plan
-  counts until its first fallen state. Their sum, over 31 steps.
+  counts until its first fallen state. Their sum, over the plan.
 * episodes: what the planner reaches in the simulator, from equal start states with equal noise.
 
 Writes OUT.md, OUT.json and OUT.png.
@@ -60,15 +62,14 @@ def plan_rewards(args: Args, model, first: torch.Tensor, target: float) -> np.nd
 
 
 def measure(seed: int, options) -> list[dict]:
-    args = replace(Args(**{**asdict(Args()), **LAPTOP}), env_id="local/hopper/medium-v0", laptop=True, seed=seed)
+    args = replace(Args(**{**asdict(Args()), **LAPTOP}), env_id=options.env_id, laptop=True, seed=seed)
     args.physics, args.exp_name, args.run_dir = "d4rl", "dd_guidance", options.run_dir
     dataset, run = load_dataset(args.env_id), Run(args)
     windows = Windows(args, dataset, run.device)
     run.describe(dataset.facts(), return_scale=windows.return_scale)
     model = train_decision_diffuser(args, windows, run)
     measure_plans(args, model, windows, run)
-    episode_start = np.cumsum(dataset.lengths) - dataset.lengths
-    targets = np.percentile(windows.return_to_go.cpu().numpy()[episode_start], PERCENTILES)
+    targets = np.percentile(windows.return_to_go.cpu().numpy(), PERCENTILES)
     index = windows.fits.nonzero()[:, 0]
     index = index[torch.linspace(0, len(index) - 1, 1000, device=run.device).long()]
     first = model.obs_units.normalize(windows.obs[windows.start[index]])
@@ -96,6 +97,7 @@ def measure(seed: int, options) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env-id", default="local/hopper/medium-expert-v0", help="local Hopper data")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--episodes", type=int, default=10)
     parser.add_argument("--run-dir", type=Path, default=Path("runs/dd_guidance"))
@@ -104,7 +106,7 @@ def main() -> None:
     rows = [row for seed in options.seeds for row in measure(seed, options)]
     options.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
     lines = [
-        "| percentile of the data's returns | target | reward along a plan | return of an episode |",
+        "| percentile of the labels | target | reward along a plan | return of an episode |",
         "|---|---|---|---|",
     ]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
@@ -123,7 +125,7 @@ def main() -> None:
         axis.plot(PERCENTILES, curves.T, color="tab:blue", linewidth=0.8, alpha=0.6, marker=".")
         axis.plot(PERCENTILES, curves.mean(0), color="tab:blue", linewidth=2, marker="o")
         axis.set_title(title, fontsize=10)
-        axis.set_xlabel("target: percentile of the data's episode returns")
+        axis.set_xlabel("target: percentile of the return-to-go labels")
         axis.set_xticks(PERCENTILES)
         axis.grid(alpha=0.3)
     figure.savefig(options.out.with_suffix(".png"), dpi=100)
