@@ -44,7 +44,6 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
 from common import UserError
@@ -1087,7 +1086,7 @@ def train_agent(args: Args, dataset: OfflineDataset, synthetic, synthesizer, eva
             if update % args.eval_every == 0 or update == args.agent_updates:
                 progress["returns"].append(evaluate(agent.actor, evaluator, dataset, update, run))
                 stage.bar.set_postfix(episodic_return=f"{progress['returns'][-1]:.0f}")
-    save_file(agent.actor.state_dict(), run.folder / "actor.safetensors")
+    run.save("actor", agent.actor.state_dict())
     return progress["returns"]
 
 

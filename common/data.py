@@ -352,7 +352,7 @@ def _make_local(env_id: str) -> None:
     """Roll out the shipped policies once; collect.py makes a second process wait and then read."""
     script = Path(__file__).resolve().parent.parent / "local_datasets" / "collect.py"
     if (code := subprocess.run([sys.executable, script, "--env-id", env_id]).returncode) != 0:
-        sys.exit(code)  # collect.py has said why, in one line
+        sys.exit(code if code > 0 else 130)  # collect.py has said why, in one line, or got a signal as we did
 
 
 def _load_minari(env_id: str) -> OfflineDataset:
@@ -487,6 +487,9 @@ def _cached(path: Path, read) -> tuple[dict[str, np.ndarray], str]:
 
 def _write_cache(flat: Path, arrays: dict, source: str) -> None:
     """The npz, with its source's sha256 in it, and then its own beside it: each whole or not at all."""
+    for left in flat.parent.glob(f"{flat.stem}.*[0-9]"):  # of a process that was killed while it wrote
+        if left.suffix[1:].isdigit():
+            left.unlink()
     temporary = flat.with_suffix(f".{os.getpid()}")
     try:
         with open(temporary, "wb") as file:

@@ -28,6 +28,7 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 import tyro
 from filelock import FileLock, Timeout
@@ -37,7 +38,7 @@ from common import UserError
 
 PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "minari", "h5py")
 STOPPED = 75  # exit code of a run that a signal stopped and that can go on: EX_TEMPFAIL of sysexits.h, "try again"
-GRACE = 4.0  # seconds from a signal to the end, wherever the run stands
+GRACE = 4.0  # seconds from a signal to the end, unless a checkpoint is being written
 CHECKPOINT_FORMAT = 1
 RESUME_HELP = (
     """An interrupted run goes on where it was when the same command is given again, or with --resume RUN_FOLDER."""
@@ -51,8 +52,8 @@ def parse_args(args_class: type, laptop: dict, presets: dict[str, dict] | None =
     `--resume RUN_FOLDER` alone takes all arguments from that run. --help shows the fields under the `# ---- Heading`
     comments of the class, each with its docstring.
     """
-    if "--resume" in sys.argv:
-        return _args_of(_resume_folder(), args_class)
+    if (folder := _resume_folder()) is not None:
+        return _args_of(folder, args_class)
     tree = ast.parse(textwrap.dedent(inspect.getsource(args_class))).body[0].body
     docs = {a.target.id: b.value.value for a, b in itertools.pairwise(tree) if isinstance(b, ast.Expr)}
     words = " ".join(sys.argv[1:]).replace("--preset=", "--preset ").split()
@@ -107,11 +108,12 @@ def check_range(args, low: float, high: float, names: str) -> None:
 
 def _resume_folder() -> Path | None:
     """The folder after --resume, which stands alone; UserError if it holds no run of this script that can go on."""
-    if "--resume" not in sys.argv:
+    words = [part for word in sys.argv[1:] for part in (word.split("=", 1) if word.startswith("--resume=") else [word])]
+    if "--resume" not in words:
         return None
-    if len(sys.argv) != 3 or sys.argv[1] != "--resume":
+    if len(words) != 2 or words[0] != "--resume":
         raise UserError("--resume RUN_FOLDER takes every argument from that run; give no other")
-    folder = Path(sys.argv[2])
+    folder = Path(words[1])
     try:
         command = json.loads((folder / "args.json").read_text())["command"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -125,7 +127,8 @@ def _resume_folder() -> Path | None:
 
 def _args_of(folder: Path, args_class: type):
     """The arguments of an earlier run, from its args.json."""
-    stored, hints = json.loads((folder / "args.json").read_text())["args"], typing.get_type_hints(args_class)
+    content, hints = json.loads((folder / "args.json").read_text()), typing.get_type_hints(args_class)
+    stored = content["args"]
     if set(stored) != set(hints):
         other = ", ".join(sorted(set(stored) ^ set(hints)))
         raise UserError(f"--resume {folder} was made by another version of the script ({other}); start a new run")
@@ -134,6 +137,8 @@ def _args_of(folder: Path, args_class: type):
             stored[name] = tuple(value)
         elif isinstance(value, str) and Path in (hints[name], *typing.get_args(hints[name])):
             stored[name] = Path(value)
+            if not stored[name].is_absolute() and content["cwd"] != os.getcwd():
+                raise UserError(f"--resume {folder} has paths relative to {content['cwd']}; give the command there")
     return (
         args_class(**stored)
         if Path(stored["run_dir"]).resolve() == folder.resolve().parent
@@ -153,6 +158,7 @@ class Signals:
     """
 
     received: str | None = None
+    saving = False  # a checkpoint is being written: it is finished first
 
     def __enter__(self):
         Signals.received, self.timer = None, None
@@ -171,11 +177,17 @@ class Signals:
             os._exit(130)
         if not Signals.received:
             Signals.received = signal.Signals(number).name
-            self.timer = threading.Timer(GRACE, self._leave)
-            self.timer.daemon = True
-            self.timer.start()
+            self._wait()
+
+    def _wait(self) -> None:
+        self.timer = threading.Timer(GRACE, self._leave)
+        self.timer.daemon = True
+        self.timer.start()
 
     def _leave(self) -> None:
+        if Signals.saving:
+            self._wait()
+            return
         tqdm.write(f"stopped by {Signals.received}, between two checkpoints; {how_to_go_on()}", file=sys.stderr)
         os._exit(STOPPED)
 
@@ -225,6 +237,9 @@ def write_whole(path: Path, write) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -246,6 +261,7 @@ class Run:
         self.args = args
         self.started = time.monotonic()
         self.stages: dict[str, tuple[float, str]] = {}  # seconds and rate
+        self.before = 0.0  # seconds of the stages' parts before an interruption
         self.elsewhere = 0.0  # seconds of the current stage that `timed` has taken out
         self.history: dict[str, list[tuple[int, float]]] = {}
         self.records: list[tuple[int, dict[str, float]]] = []  # the lines of metrics.jsonl
@@ -275,7 +291,7 @@ class Run:
         """
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-        if not (content and self._take_over(content)):
+        if not (content and self.args.checkpoint_every and self._take_over(content)):
             for attempt in range(2, 100):  # two runs may start in the same second
                 try:
                     self.folder.mkdir()
@@ -290,30 +306,34 @@ class Run:
             self.wandb.init(project=self.args.wandb_project, name=self.folder.name, config=vars(self.args))
 
     def _take_over(self, content: dict) -> bool:
-        """Take the folder of the newest interrupted run with the same arguments and data, or of --resume."""
+        """Take the folder of the newest interrupted run with the same arguments, data and code, or of --resume."""
         resume, content = _resume_folder(), json.loads(json.dumps(content))
         stem = re.sub(r"\d{8}-\d{6}$", "", self.folder.name)
         folders = sorted(self.folder.parent.glob(f"{stem}*"), reverse=True) if resume is None else [resume]
         for folder in folders:
-            if (folder / "summary.txt").exists():
-                continue
             try:
                 stored = json.loads((folder / "args.json").read_text())
-            except (OSError, ValueError):
-                continue  # killed before it could write them: nothing to go on with
-            moved = {"run_dir": 0} if resume else {}
-            same_args = {**stored["args"], **moved} == {**content["args"], **moved}
-            same_data = stored["data"]["fingerprint"] == content["data"]["fingerprint"]
+                moved = {"run_dir": 0} if resume else {}
+                same_args = {**stored["args"], **moved} == {**content["args"], **moved}
+                same_data = stored["data"]["fingerprint"] == content["data"]["fingerprint"]
+                same_code = stored["code"] == content["code"]
+            except (OSError, ValueError, KeyError, TypeError):
+                continue  # killed before it could write them, or not ours: nothing to go on with
             if resume and not same_data:
                 raise UserError(f"--resume {folder} was made from other data than {content['data']['path']} holds now")
-            if not (same_args and same_data):
+            if resume and not same_code:
+                raise UserError(f"--resume {folder} was made by other code (git {stored['git']}); resume it with that")
+            if not (same_args and same_data and same_code):
                 continue
             lock = FileLock(folder / ".lock")
             try:
                 lock.acquire(timeout=0)
-            except Timeout:
+            except (OSError, Timeout):
                 if resume:
-                    raise UserError(f"--resume {folder} is still running")
+                    raise UserError(f"--resume {folder} is still running, or not writable")
+                continue
+            if (folder / "summary.txt").exists():  # it has finished
+                lock.release()
                 continue
             self.folder, self.lock = folder, lock
             try:
@@ -333,6 +353,8 @@ class Run:
             "data": data,
             "constants": constants,
             "command": sys.argv,
+            "cwd": os.getcwd(),
+            "code": _code_of(self.args),
             "git": _git_revision(),
             "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
             "hardware": {
@@ -400,13 +422,13 @@ class Run:
                 raise UserError(self.not_finite(name, value, step))
             if abs(value) > self.bounds.get(name, np.inf):
                 bound = self.bounds.pop(name)
-                self.say(
-                    "warning", f"{name} is {value:.4g} at update {step}; no policy can reach more than {bound:.4g}"
-                )
+                text = f"{name} is {value:.4g} at update {step}; rewards like the data's add up to {bound:.4g} at most"
+                self.say("warning", text)
             self.history.setdefault(name, []).append((step, value))
-            self.tensorboard.add_scalar(name, value, step)
         self.records.append((step, values))
         try:
+            for name, value in values.items():
+                self.tensorboard.add_scalar(name, value, step)
             self.metrics_file.write(json.dumps({"step": step, **values}) + "\n")
         except OSError as error:
             raise UserError(disk_trouble(self.folder / "metrics.jsonl", error))
@@ -420,6 +442,11 @@ class Run:
             "scale, the bounds of the normaliser: lower the first two"
         )
 
+    def save(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        """NAME.safetensors in the run's folder, whole or not at all."""
+        content = safetensors.torch.save({key: tensor.contiguous() for key, tensor in tensors.items()})
+        write_whole(self.folder / f"{name}.safetensors", lambda file: file.write(content))
+
     def reused(self, stage: str, text: str) -> None:
         """Tell, now and in the closing table, that a stage's result was found and not made."""
         self.say(stage, text)
@@ -430,7 +457,7 @@ class Run:
 
     def finish(self, results: dict[str, str]) -> None:
         """Print the closing table, with `results` as its last rows, and write it and curves.png to the folder."""
-        total = time.monotonic() - self.started
+        total = self.before + time.monotonic() - self.started
         rows = [(name, f"{spent:7.1f} s  {spent / total:4.0%}  {rate}") for name, (spent, rate) in self.stages.items()]
         rows += [("total", f"{total:7.1f} s"), ("peak memory", f"{_peak_memory_gib():.2f} GiB")]
         rows += list(results.items())
@@ -439,7 +466,7 @@ class Run:
         table = "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
         print(f"\n{'-' * 72}\n{table}\n{'-' * 72}")
         kept = {stage: str(Path(self.args.stage_dir) / name) for stage, name in self.kept.items()}
-        (self.folder / "stages.json").write_text(json.dumps(kept, indent=2) + "\n")
+        write_whole(self.folder / "stages.json", lambda file: file.write((json.dumps(kept, indent=2) + "\n").encode()))
         self._plot()
         self.tensorboard.close()
         self.metrics_file.close()
@@ -477,20 +504,26 @@ class Run:
             axis.axis("off")
         figure.suptitle(self.folder.name, fontsize=10)
         figure.tight_layout()
-        figure.savefig(self.folder / "curves.png", dpi=100)
+        write_whole(self.folder / "curves.png", lambda file: figure.savefig(file, dpi=100, format="png"))
         plt.close(figure)
 
 
 def save_checkpoint(folder: Path, number: int, content: dict) -> Path:
     """Write plain values and tensors, then their sha256 beside them; the newest two stay."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{number:012d}.pt"
-    write_whole(path, lambda file: torch.save({"format": CHECKPOINT_FORMAT, **content}, file))
-    write_whole(Path(f"{path}.sha256"), lambda file: file.write(_sha256(path).encode()))
-    for old in sorted(folder.glob("*.pt"))[:-2]:
-        Path(f"{old}.sha256").unlink(missing_ok=True)
-        old.unlink()
-    return path
+    Signals.saving = True
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{number:012d}.pt"
+        Path(f"{path}.sha256").unlink(missing_ok=True)
+        write_whole(path, lambda file: torch.save({"format": CHECKPOINT_FORMAT, **content}, file))
+        write_whole(Path(f"{path}.sha256"), lambda file: file.write(_sha256(path).encode()))
+        before = sorted(x for x in folder.glob("*.pt") if x < path and Path(f"{x}.sha256").exists())
+        for other in set(folder.glob("*.pt")) - {path, *before[-1:]}:  # older, or cut off or damaged and passed over
+            Path(f"{other}.sha256").unlink(missing_ok=True)
+            other.unlink()
+        return path
+    finally:
+        Signals.saving = False
 
 
 def load_checkpoint(folder: Path, device: torch.device, say) -> tuple[Path | None, dict | None]:
@@ -498,13 +531,15 @@ def load_checkpoint(folder: Path, device: torch.device, say) -> tuple[Path | Non
 
     One without its sha256 was being written when its process ended. UserError if all are damaged or foreign.
     """
-    damaged = False
+    damaged = []
+    for left in folder.glob(".*.pt*"):  # of a process that was killed while it wrote
+        left.unlink(missing_ok=True)
     for path in sorted(folder.glob("*.pt"), reverse=True):
         beside = Path(f"{path}.sha256")
         if not beside.exists():
             continue
         if _sha256(path) != beside.read_text(errors="replace"):
-            damaged = True
+            damaged.append(path)
             say(f"{path} is damaged (its sha256 is not that of {beside.name}); not used")
             continue
         try:
@@ -514,6 +549,8 @@ def load_checkpoint(folder: Path, device: torch.device, say) -> tuple[Path | Non
             raise UserError(f"{path} is damaged or holds more than tensors and plain values ({why}); delete it")
         if content["format"] != CHECKPOINT_FORMAT:
             raise UserError(f"{path} is of format {content['format']}, this code reads {CHECKPOINT_FORMAT}; delete it")
+        for other in damaged:  # told, and not to be taken for the checkpoint before the next one
+            other.rename(f"{other}.damaged")
         return path, content
     if damaged:
         raise UserError(f"no checkpoint in {folder} is whole; delete that folder to begin the stage again")
@@ -534,6 +571,7 @@ class Stage:
         self.folder = run.checkpoint_folders.get(name) if saves else None
         self.every = 60 * getattr(run.args, "checkpoint_every", 0)
         self.done, self.before = 0, 0.0  # items, and seconds of the parts before an interruption
+        self.saved: int | None = None  # items that were done at the last checkpoint
 
     def __enter__(self):
         self.run.elsewhere, self.first_record = 0.0, len(self.run.records)
@@ -585,12 +623,13 @@ class Stage:
         """Write one, keep two. False if the disk does not take it: the run goes on, the last one stands."""
         if self.folder is None:
             return False
+        if self.done == self.saved:
+            return True
         self.last, state = time.monotonic(), [_state(thing) for thing in self.saves]
-        for tensor in _tensors(state):
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise UserError(self.run.not_finite(f"a value of stage {self.name}", "NaN or infinite", self.done))
+        if not all_finite(state):
+            raise UserError(self.run.not_finite(f"a value of stage {self.name}", "NaN or infinite", self.done))
         content = {
-            "stage": self.name, "done": self.done, "units": self.bar.n,
+            "done": self.done, "units": self.bar.n,
             "seconds": self._seconds(), "records": self.run.records[self.first_record :], "state": state,
             "random": _random_streams(),
         }  # fmt: skip
@@ -600,7 +639,7 @@ class Stage:
             where = self.folder / f"{self.done:012d}.pt"
             self.run.say("warning", f"{disk_trouble(where, error)}; the run goes on without this checkpoint")
             return False
-        self.run.last_checkpoint = path
+        self.run.last_checkpoint, self.saved = path, self.done
         return True
 
     def _restore(self) -> None:
@@ -612,12 +651,14 @@ class Stage:
         _restore_random_streams(content["random"])
         for step, values in content["records"]:
             self.run.log(step, values)
-        self.done, self.before, self.run.last_checkpoint = content["done"], content["seconds"], path
+        self.done = self.saved = content["done"]
+        self.before, self.run.last_checkpoint = content["seconds"], path
+        self.run.before += self.before
         self.bar.n = self.bar.initial = content["units"]
         self.run.say(self.name, f"goes on at {self.bar.n:,} of {self.total:,} {self.unit}s, from {path}")
 
     def _check_space(self) -> None:
-        """UserError if three checkpoints, two kept and one in the making, will not fit."""
+        """UserError if three checkpoints, two kept and one in the making, will not fit beside those that are there."""
         size = sum(tensor.nbytes for tensor in _tensors([_state(thing) for thing in self.saves]))
         optimizers = [x for thing in self.saves for x in _holders(thing) if isinstance(x, torch.optim.Optimizer)]
         if not self.done:  # Adam's two moments are made by its first update
@@ -627,7 +668,7 @@ class Stage:
         place = self.folder
         while not place.exists():
             place = place.parent
-        free = shutil.disk_usage(place).free
+        free = shutil.disk_usage(place).free + sum(path.stat().st_size for path in self.folder.glob("*.pt"))
         if self.every and 3 * size > free:
             raise UserError(
                 f"the checkpoints of stage {self.name} need {3 * size / 2**20:,.0f} MiB in {self.folder}, which has "
@@ -643,6 +684,11 @@ def _holders(thing) -> list:
 
 def _state(thing):
     return thing if isinstance(thing, dict) else [x.state_dict() for x in _holders(thing)]
+
+
+def all_finite(state) -> bool:
+    """Whether no tensor in nested dicts, lists and tuples holds NaN or infinity."""
+    return all(not x.is_floating_point() or bool(x.isfinite().all()) for x in _tensors(state))
 
 
 def _restore_state(thing, state) -> None:
@@ -670,7 +716,7 @@ def _random_streams() -> dict:
         "python": random.getstate(),
         "numpy": [name, keys.tolist(), *rest],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
 
 
@@ -679,12 +725,21 @@ def _restore_random_streams(streams: dict) -> None:
     random.setstate((version, tuple(keys), gauss))
     np.random.set_state(tuple(streams["numpy"]))
     torch.set_rng_state(streams["torch"].cpu())
-    torch.cuda.set_rng_state_all([state.cpu() for state in streams["cuda"]])
+    if streams["cuda"] is not None:
+        torch.cuda.set_rng_state(streams["cuda"].cpu())
 
 
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _code_of(args) -> str:
+    """sha256 of the script and of common/: an interrupted run goes on with the code that it began with."""
+    digest = hashlib.sha256()
+    for path in [sys.modules[type(args).__module__].__file__, *sorted(Path(__file__).parent.glob("*.py"))]:
+        digest.update(Path(path).read_bytes())
+    return digest.hexdigest()
 
 
 def _import_wandb():

@@ -67,7 +67,7 @@ def depends(run, name: str, function, inputs) -> tuple[dict, str]:
         "source": hashlib.sha256(source.encode()).hexdigest(),
         "args": {field: getattr(run.args, field) for field in fields},
         "inputs": {stage: run.fingerprints[stage] for stage in inputs},
-        "device": run.device.type,
+        "device": f"cpu with {torch.get_num_threads()} threads" if run.device.type == "cpu" else run.device.type,
     }
     content = json.loads(json.dumps(content, default=str))  # as it will be read back
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
@@ -115,6 +115,7 @@ class Kept:
         if self.folder.exists() and not fresh:
             try:
                 self.tensors = self._read()
+                shutil.rmtree(run.checkpoint_folders[name], ignore_errors=True)  # of a process killed after it had kept
             finally:
                 self.lock.release()
         self.first_record = len(run.records)
@@ -158,9 +159,13 @@ class Kept:
             self._write(tensors)
             self.run.has_made(self.name)
         except (OSError, SafetensorError) as error:
-            self.run.fingerprints[self.name] = f"not kept {time.time()}"  # what builds on it is not to be found either
+            digest = hashlib.sha256(b"not kept")  # what builds on it is not to be found by other runs either
+            for what, tensor in tensors.items():
+                digest.update(what.encode() + tensor.cpu().contiguous().numpy().tobytes())
+            self.run.fingerprints[self.name] = digest.hexdigest()
             self.run.say(self.name, f"could not be kept in {self.folder} ({error}); the run goes on without")
-        shutil.rmtree(self.run.checkpoint_folders[self.name], ignore_errors=True)
+        else:
+            shutil.rmtree(self.run.checkpoint_folders[self.name], ignore_errors=True)
         self.lock.release()
 
     def _write(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -187,6 +192,9 @@ class Kept:
         if self.folder.exists():  # --fresh
             shutil.rmtree(self.folder)
         folder.rename(self.folder)
+        parent = os.open(self.folder.parent, os.O_RDONLY)
+        os.fsync(parent)
+        os.close(parent)
 
 
 def _sha256(path: Path) -> str:

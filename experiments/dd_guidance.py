@@ -8,7 +8,8 @@ discounting ends within any episode.) For each:
 
 * plans: from 1,000 real states, equal ones and equal noise for all targets, one plan each. The simulator is set to
   each planned state, takes the action that the inverse dynamics gives for the next one, and tells the reward; a plan
-  counts until its first fallen state. Their sum, over the plan.
+  counts until its first fallen state. Told is what the sum over a plan gains against the lowest target, for three
+  guidance scales, and its standard error over plans.
 * episodes: what the planner reaches in the simulator, from equal start states with equal noise.
 
 Writes OUT.md, OUT.json and OUT.png.
@@ -47,6 +48,7 @@ from dd_baseline import (
 )
 
 PERCENTILES = (10, 30, 50, 70, 90)
+SCALES = (1.2, 3.0, 6.0)  # of guidance; episodes are run with the first
 
 
 def plan_rewards(args: Args, model, first: torch.Tensor, target: float) -> np.ndarray:
@@ -73,24 +75,30 @@ def measure(seed: int, options) -> list[dict]:
     index = windows.fits.nonzero()[:, 0]
     index = index[torch.linspace(0, len(index) - 1, 1000, device=run.device).long()]
     first = model.obs_units.normalize(windows.obs[windows.start[index]])
+    along = {}
+    for scale in SCALES:
+        args.guidance_scale = scale
+        sums = [plan_rewards(args, model, first, target) for target in targets.tolist()]
+        along[scale] = [total - sums[0] for total in sums]  # plan by plan: start and noise are the same
+    args.guidance_scale = SCALES[0]
     evaluator, rows = Evaluator("Hopper-v4", "d4rl", options.episodes), []
-    for percentile, target in zip(PERCENTILES, targets.tolist(), strict=True):
+    for i, (percentile, target) in enumerate(zip(PERCENTILES, targets.tolist(), strict=True)):
         args.target_return = target
         planner = Planner(args, model, options.episodes, run.device)
-        with run.stage(f"target {percentile}", evaluator.max_steps, "step") as bar:
+        with run.stage(f"target {percentile}", evaluator.max_steps, "step") as stage:
 
-            def policy(obs, planner=planner, bar=bar):
-                bar.update()
+            def policy(obs, planner=planner, stage=stage):
+                stage.update()
                 return planner(obs, evaluator.running)
 
             returns = evaluator(policy, seed=seed + 100)
-        along = plan_rewards(args, model, first, target)
+        gains = {scale: float(along[scale][i].mean()) for scale in SCALES}
+        errors = {scale: float(along[scale][i].std(ddof=1) / len(first) ** 0.5) for scale in SCALES}
         rows.append({
-            "seed": seed, "percentile": percentile, "target": target, "plan_reward": float(along.mean()),
-            "plan_reward_standard_error": float(along.std(ddof=1) / len(along) ** 0.5),
+            "seed": seed, "percentile": percentile, "target": target, "plan_gain": gains, "plan_gain_error": errors,
             "episode_return": float(returns.mean()), "episode_returns": returns.tolist(),
         })  # fmt: skip
-        run.say("", f"percentile {percentile}: plans {along.mean():.1f}, episodes {returns.mean():.0f}")
+        run.say("", f"percentile {percentile}: plans gain {gains}, episodes {returns.mean():.0f}")
     run.finish({})
     return rows
 
@@ -105,26 +113,33 @@ def main() -> None:
     options = parser.parse_args()
     rows = [row for seed in options.seeds for row in measure(seed, options)]
     options.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
-    lines = [
-        "| percentile of the labels | target | reward along a plan | return of an episode |",
-        "|---|---|---|---|",
-    ]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for percentile in PERCENTILES:
+    head = [f"plan's gain, guidance {scale}" for scale in SCALES]
+    lines = ["| percentile of the labels | target | " + " | ".join(head) + " | return of an episode |"]
+    lines.append("|---" * (3 + len(SCALES)) + "|")
+    gains = np.zeros((len(SCALES), len(PERCENTILES)))
+    errors = np.zeros_like(gains)
+    for i, percentile in enumerate(PERCENTILES):
         same = [row for row in rows if row["percentile"] == percentile]
         columns = [f"{percentile}", f"{statistics.mean(row['target'] for row in same):.3f}"]
-        for key, digits in (("plan_reward", 1), ("episode_return", 0)):
-            values = [row[key] for row in same]
-            deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-            columns.append(f"{statistics.mean(values):.{digits}f}{deviation}")
-        lines.append("| " + " | ".join(columns) + " |")
-    for axis, key, title in zip(
-        axes, ("plan_reward", "episode_return"), ("simulator's reward along a plan", "episode return"), strict=True
-    ):
-        curves = np.array([[r[key] for r in rows if r["seed"] == seed] for seed in options.seeds])
-        axis.plot(PERCENTILES, curves.T, color="tab:blue", linewidth=0.8, alpha=0.6, marker=".")
-        axis.plot(PERCENTILES, curves.mean(0), color="tab:blue", linewidth=2, marker="o")
-        axis.set_title(title, fontsize=10)
+        for j, scale in enumerate(SCALES):
+            gains[j, i] = statistics.mean(row["plan_gain"][scale] for row in same)
+            errors[j, i] = sum(row["plan_gain_error"][scale] ** 2 for row in same) ** 0.5 / len(same)
+            columns.append(f"{gains[j, i]:.4f} ± {errors[j, i]:.4f}")
+        values = [row["episode_return"] for row in same]
+        deviation = f" ± {statistics.stdev(values):.0f}" if len(values) > 1 else ""
+        lines.append("| " + " | ".join([*columns, f"{statistics.mean(values):.0f}{deviation}"]) + " |")
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for scale, gain, error in zip(SCALES, gains, errors, strict=True):
+        axes[0].errorbar(PERCENTILES, gain, 2 * error, marker="o", capsize=3, label=f"guidance {scale}")
+    axes[0].set_title(
+        "simulator's reward along a plan,\nagainst the lowest target (bars: 2 standard errors)", fontsize=10
+    )
+    axes[0].legend(fontsize=8)
+    curves = np.array([[row["episode_return"] for row in rows if row["seed"] == seed] for seed in options.seeds])
+    axes[1].plot(PERCENTILES, curves.T, color="tab:blue", linewidth=0.8, alpha=0.6, marker=".")
+    axes[1].plot(PERCENTILES, curves.mean(0), color="tab:blue", linewidth=2, marker="o")
+    axes[1].set_title(f"return of an episode, guidance {SCALES[0]}\n(thin: seeds, thick: their mean)", fontsize=10)
+    for axis in axes:
         axis.set_xlabel("target: percentile of the return-to-go labels")
         axis.set_xticks(PERCENTILES)
         axis.grid(alpha=0.3)

@@ -16,9 +16,9 @@ Symbols: alpha (temperature) is `entropy_weight`; the Polyak rate is `tau`.
 
 import csv
 import hashlib
+import io
 import json
 import math
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -31,14 +31,25 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from safetensors.torch import load_file, save, save_file
+from filelock import FileLock, Timeout
+from safetensors.torch import load_file, save
 from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import UserError
 from common.evaluation import Evaluator, make_env
-from common.run import STOPPED, Signals, Stopped, how_to_go_on, load_checkpoint, save_checkpoint
+from common.run import (
+    STOPPED,
+    Signals,
+    Stopped,
+    all_finite,
+    disk_trouble,
+    how_to_go_on,
+    load_checkpoint,
+    save_checkpoint,
+    write_whole,
+)
 
 BEHAVIOR_DIR = Path(__file__).resolve().parent / "behavior"
 POLICY_FORMAT = 1  # of the shipped files; collect.py refuses others
@@ -134,6 +145,10 @@ class TwinCritic(nn.Module):
         return x.squeeze(-1)
 
 
+# What a training that goes on must have in common with its beginning.
+DECIDING = "robot seed gamma tau batch_size lr actor_width critic_width learning_starts actor_every".split()
+
+
 class Trainer:
     """Networks, optimisers and replay buffer; `state` is everything a resumed run needs."""
 
@@ -186,7 +201,8 @@ class Trainer:
         return {
             **modules,
             "log_entropy_weight": self.log_entropy_weight.detach(),
-            "replay": self.replay[:step],
+            "replay": self.replay[:step].clone(),  # of the view, torch would save the whole buffer
+            "args": {name: getattr(self.args, name) for name in DECIDING},
             "torch_random": torch.get_rng_state(),
             "step": step,
             "episode": episode,
@@ -196,9 +212,6 @@ class Trainer:
     def load(self, state: dict) -> tuple[int, int, dict]:
         for name in self.stateful:
             getattr(self, name).load_state_dict(state[name])
-        for optimizer in (self.critic_optimizer, self.actor_optimizer):
-            for group in optimizer.param_groups:  # a run may go on with another --lr
-                group["lr"] = self.args.lr
         self.log_entropy_weight.data.copy_(state["log_entropy_weight"])
         self.replay[: state["step"]] = state["replay"]
         torch.set_rng_state(state["torch_random"])
@@ -216,21 +229,19 @@ def as_policy(actor: Actor, noise_seed: int, deterministic: bool = False):
     return policy
 
 
-def save_atomically(path: Path, write) -> None:
-    """write(temporary_path), then rename: the file is there whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 # ---- Training
 
 
 def train(args: Args) -> None:
     folder = args.folder / args.robot
-    (folder / "snapshots").mkdir(parents=True, exist_ok=True)
+    try:
+        (folder / "snapshots").mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"another process trains in {folder}; give another --folder")
+    except OSError as error:
+        raise UserError(f"cannot write {folder} ({error.strerror}); give another --folder")
     env = make_env(SIMULATOR[args.robot], "d4rl")
     evaluator = Evaluator(SIMULATOR[args.robot], "d4rl", args.eval_episodes)
     torch.manual_seed(args.seed)
@@ -239,6 +250,10 @@ def train(args: Args) -> None:
     step, episode, simulator = 0, 0, {}
     path, state = load_checkpoint(checkpoints, torch.device("cpu"), print)
     if state:
+        other = [name for name in DECIDING if state["args"][name] != getattr(args, name)]
+        if other or state["step"] > args.total_steps:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in other) or "more --total-steps"
+            raise UserError(f"{path} was made with other {names}; give the same, or another --folder")
         step, episode, simulator = trainer.load(state)
         print(f"resumed {path} at step {step}")
     rows = [row for row in _read_log(log_path) if int(row["step"]) <= step]
@@ -249,10 +264,10 @@ def train(args: Args) -> None:
     while step < args.total_steps:
         if Signals.received or time.monotonic() - last_save > 60 * args.checkpoint_every:
             simulator = _simulator_state(env, obs, in_episode) if in_episode else {}
-            save_checkpoint(checkpoints, step, trainer.state(step, episode, simulator))
+            _save(checkpoints, trainer.state(step, episode, simulator))
             last_save = time.monotonic()
             if Signals.received:
-                raise Stopped(f"at step {step:,}, with a checkpoint")
+                raise Stopped(f"at step {step:,}")
         if in_episode == 0:
             obs, _ = env.reset(seed=args.seed * 1_000_000 + episode)
         tensor = torch.as_tensor(obs, dtype=torch.float32)
@@ -278,7 +293,19 @@ def train(args: Args) -> None:
             episode, in_episode = episode + 1, 0
     bar.close()
     simulator = _simulator_state(env, obs, in_episode) if in_episode else {}
-    save_checkpoint(checkpoints, step, trainer.state(step, episode, simulator))
+    _save(checkpoints, trainer.state(step, episode, simulator))
+
+
+def _save(folder: Path, state: dict) -> None:
+    """A checkpoint, unless this step has one. UserError for NaN; a disk that does not take it is told."""
+    if (folder / f"{state['step']:012d}.pt.sha256").exists():
+        return
+    if not all_finite(state):
+        raise UserError(f"NaN or infinity in the networks at step {state['step']:,}; lower --lr ({folder} is unharmed)")
+    try:
+        save_checkpoint(folder, state["step"], state)
+    except (OSError, RuntimeError) as error:  # torch tells a full disk as a RuntimeError
+        tqdm.write(f"warning: {disk_trouble(folder, error)}; the training goes on without this checkpoint")
 
 
 def _simulator_state(env, obs: np.ndarray, steps: int) -> dict:
@@ -303,7 +330,8 @@ def _snapshot(trainer: Trainer, evaluator: Evaluator, folder: Path, step: int) -
     random_state = torch.get_rng_state()  # measuring must not move the training's random stream
     returns = evaluator(as_policy(trainer.actor, noise_seed=step), seed=step)
     torch.set_rng_state(random_state)
-    save_atomically(_snapshot_path(folder, step), partial(save_file, trainer.actor.state_dict()))
+    content = save(trainer.actor.state_dict())
+    write_whole(_snapshot_path(folder, step), lambda file: file.write(content))
     return {"step": step, "mean_return": round(float(returns.mean()), 1), "std_return": round(float(returns.std()), 1)}
 
 
@@ -319,13 +347,11 @@ def _read_log(path: Path) -> list[dict]:
 
 
 def _write_log(path: Path, rows: list[dict]) -> None:
-    def write(temporary):
-        with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, ["step", "mean_return", "std_return"])
-            writer.writeheader()
-            writer.writerows(rows)
-
-    save_atomically(path, write)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, ["step", "mean_return", "std_return"])
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, lambda file: file.write(text.getvalue().encode()))
 
 
 # ---- Export
@@ -443,10 +469,10 @@ def _write_policies(args: Args, chosen: dict[str, Candidate]) -> None:
         if path.name not in files:
             path.unlink()
     for name, content in files.items():
-        save_atomically(args.behavior_dir / name, partial(Path.write_bytes, data=content))
+        write_whole(args.behavior_dir / name, lambda file, content=content: file.write(content))
         sums[name] = hashlib.sha256(content).hexdigest()
     lines = "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))  # sha256sum -c reads this
-    save_atomically(args.behavior_dir / "SHA256SUMS", partial(Path.write_text, data=lines))
+    write_whole(args.behavior_dir / "SHA256SUMS", lambda file: file.write(lines.encode()))
     print(f"wrote {len(files)} policies to {args.behavior_dir}; {total:,} bytes for all robots")
 
 

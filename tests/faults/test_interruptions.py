@@ -2,6 +2,7 @@
 happened.
 """
 
+import errno
 import json
 import os
 import random
@@ -17,7 +18,7 @@ import pytest
 import torch
 from trials import INT, KILL, RUNS, TERM, USR1, child, command, finish, outcome, run_script, stages_of
 
-from common.run import STOPPED, Stage
+from common.run import STOPPED, Stage, disk_trouble, load_checkpoint, save_checkpoint, write_whole
 
 QUICK = ("dawm_td3bc",)
 
@@ -200,7 +201,7 @@ class Counter(torch.nn.Module):
 def a_stage(folder: Path, saves: tuple, total: int = 10**6) -> Stage:
     run = SimpleNamespace(
         args=SimpleNamespace(checkpoint_every=1e-9), checkpoint_folders={"count": folder}, records=[], elsewhere=0.0,
-        device=torch.device("cpu"), say=lambda *words: print(*words), last_checkpoint=None, stages={},
+        device=torch.device("cpu"), say=lambda *words: print(*words), last_checkpoint=None, stages={}, before=0.0,
         log=lambda step, values: None,
     )  # fmt: skip
     return Stage(run, "count", total, "item", saves)
@@ -263,6 +264,64 @@ def test_a_run_of_another_script_or_no_run_is_not_resumed(tmp_path, reference):
     ]:
         assert finish("dawm_iql", arguments, tmp_path / "log") == 2
         assert message in (tmp_path / "log").read_text()
+
+
+def test_changed_code_begins_a_new_run(reference):
+    """Nothing of the interrupted run is touched; --resume says what is the matter."""
+    folder, _ = reference("dawm_td3bc")
+    here = folder.parent / "code"
+    here.mkdir()
+    script, arguments = command("dawm_td3bc", here)
+    assert finish(script, arguments, here / "log", stop_in="agent", share=0.5, number=KILL) == -KILL
+    (run,) = (here / "runs").iterdir()
+    content = json.loads((run / "args.json").read_text())
+    (run / "args.json").write_text(json.dumps(content | {"code": "other"}))
+    before = (run / "metrics.jsonl").read_bytes()
+    assert finish(script, ["--resume", str(run)], here / "again") == 2
+    assert "was made by other code" in (here / "again").read_text()
+    assert finish(script, arguments, here / "new") == 0 and "resumed" not in (here / "new").read_text()
+    assert (run / "metrics.jsonl").read_bytes() == before and len(list((here / "runs").iterdir())) == 2
+
+
+def test_a_checkpoint_is_not_written_twice(tmp_path):
+    """A signal right after a resume leaves the checkpoint that it came from alone."""
+    counter = Counter()
+    with a_stage(tmp_path, (counter,), total=3) as stage:
+        for _ in stage:
+            pass
+    newest = sorted(tmp_path.glob("*.pt"))[-1]
+    before = newest.stat().st_mtime_ns, newest.stat().st_ino
+    with a_stage(tmp_path, (Counter(),), total=3) as stage:
+        assert stage.checkpoint() and (newest.stat().st_mtime_ns, newest.stat().st_ino) == before
+
+
+def test_what_was_cut_or_damaged_never_counts_as_the_one_before(tmp_path):
+    """Checkpoint 2 is whole, 3 is damaged, 5 and 6 never got their sha256: after 4 is written, 2 and 4 are left."""
+    for number in (1, 2, 3):
+        save_checkpoint(tmp_path, number, {"number": number})
+    for number in (5, 6):
+        (tmp_path / f"{number:012d}.pt").write_bytes(b"cut")
+    (tmp_path / ".000000000007.pt.123").write_bytes(b"cut")
+    (tmp_path / f"{3:012d}.pt").write_bytes(b"damaged")
+    told = []
+    _, content = load_checkpoint(tmp_path, torch.device("cpu"), told.append)
+    assert content["number"] == 2 and len(told) == 1 and "000000000003.pt is damaged" in told[0]
+    save_checkpoint(tmp_path, 4, {"number": 4})
+    assert sorted(p.name for p in tmp_path.glob("*.pt")) == ["000000000002.pt", "000000000004.pt"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_write_that_fails_names_its_path(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "file").write_text("before")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError) as error:
+        write_whole(tmp_path / "file", lambda file: file.write(b"after"))
+    text = disk_trouble(error.value.filename, error.value)
+    assert text.startswith(f"cannot write {tmp_path / 'file'} (No space left on device; ") and "MiB free there" in text
+    assert [p.name for p in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "before"
 
 
 def test_two_runs_of_one_command_do_not_share_a_folder(reference, tmp_path):
