@@ -598,9 +598,10 @@ def train_decision_diffuser(args: Args, windows: Windows, run: Run) -> DecisionD
 
 def measure_plans(args: Args, model: DecisionDiffuser, windows: Windows, run: Run) -> None:
     """Log root mean squared errors on held-out windows: of plans, in standard deviations of the data, at their first,
-    middle and last new state, each asked for its window's own return-to-go; and of actions between real states.
+    middle and last new state, each asked for its window's own return-to-go; of the actions that the planner would take
+    on them; and of actions between real states (mean squared).
 
-    Later states depend on the behaviour policy's noise too, which nothing can predict.
+    Later states, and actions, depend on the behaviour policy's noise too, which nothing can predict.
     """
     held_out = windows.held_out(args.world_model_holdout, args.seed)
     index = (windows.fits & held_out).nonzero()[:, 0]
@@ -616,8 +617,10 @@ def measure_plans(args: Args, model: DecisionDiffuser, windows: Windows, run: Ru
     error = (model.obs_units.denormalize(plans) - windows.obs[rows]) / (windows.obs.std(0) + 1e-6)
     with torch.no_grad():
         action_error = model.inverse_dynamics(x0[:, :-1], x0[:, 1:]) - windows.action[rows][:, :-1]
+        planned_error = model.inverse_dynamics(plans[:, 0], plans[:, 1]) - windows.action[rows][:, 0]
     steps = sorted({1, args.plan_horizon // 2, args.plan_horizon - 1})
     errors = {f"world_model/val_obs_error_step{i}": error[:, i].square().mean().sqrt() for i in steps}
+    errors["world_model/val_action_error"] = planned_error.square().mean().sqrt()
     run.log(args.world_model_steps, errors | {"idm/val_mse": action_error.square().mean()})
 
 

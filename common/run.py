@@ -359,7 +359,7 @@ class Run:
             "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
             "hardware": {
                 "machine": platform.platform(),
-                "processor": _processor(),
+                "processor": processor(),
                 "cores": os.cpu_count(),
                 "torch_threads": torch.get_num_threads(),
                 "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
@@ -761,7 +761,7 @@ def _git_revision() -> str:
         return "unknown"
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         return re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())[1]
     except (OSError, TypeError):

@@ -12,7 +12,7 @@ discounting ends within any episode.) For each:
   guidance scales, and its standard error over plans.
 * episodes: what the planner reaches in the simulator, from equal start states with equal noise.
 
-Writes OUT.md, OUT.json and OUT.png.
+Prints a table, writes OUT.json and OUT.png.
 """
 
 import argparse
@@ -144,7 +144,6 @@ def main() -> None:
         axis.set_xticks(PERCENTILES)
         axis.grid(alpha=0.3)
     figure.savefig(options.out.with_suffix(".png"), dpi=100)
-    options.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

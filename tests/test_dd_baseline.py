@@ -342,7 +342,13 @@ def test_the_script_runs_and_another_target_needs_no_new_training(tmp_path):
     assert "reused" not in changed
     folder = sorted((tmp_path / "runs").iterdir())[0]
     names = {name for line in (folder / "metrics.jsonl").read_text().splitlines() for name in json.loads(line)}
-    assert {"world_model/loss", "idm/loss", "idm/val_mse", "eval/episodic_return", "eval/normalized_score"} <= names
+    assert {
+        "world_model/loss",
+        "world_model/val_action_error",
+        "idm/val_mse",
+        "eval/episodic_return",
+        "eval/normalized_score",
+    } <= names
     assert {f"world_model/val_obs_error_step{i}" for i in (1, 4, 7)} <= names
 
 
