@@ -25,12 +25,12 @@ ONLINE = "--synthesis online --agent-updates 24 --eval-every 12 --agent-batch-si
 # Every script, and every stage that it has.
 RUNS = {
     "dawm_td3bc": ("dawm_td3bc", [*SMALL, *IDM, *AGENT, "--synthesis-batch-size", "32"]),
-    "dawm_td3bc online": ("dawm_td3bc", [*SMALL, *IDM, *AGENT, *ONLINE]),
+    "dawm_td3bc-online": ("dawm_td3bc", [*SMALL, *IDM, *AGENT, *ONLINE]),
     "dawm_iql": ("dawm_iql", [*SMALL, *IDM, *AGENT, "--synthesis-batch-size", "32"]),
-    "dwm_baseline td3bc": ("dwm_baseline", [*SMALL, *AGENT, "--synthesis-batch-size", "32"]),
-    "dwm_baseline iql": ("dwm_baseline", [*SMALL, *AGENT, "--agent", "iql", "--rollouts", "online"]),
-    "ssorl_baseline td3bc": ("ssorl_baseline", [*IDM, *AGENT, "--label-fraction", "0.3"]),
-    "ssorl_baseline iql": ("ssorl_baseline", [*IDM, *AGENT, "--agent", "iql", "--label-fraction", "0.3"]),
+    "dwm_baseline-td3bc": ("dwm_baseline", [*SMALL, *AGENT, "--synthesis-batch-size", "32"]),
+    "dwm_baseline-iql": ("dwm_baseline", [*SMALL, *AGENT, "--agent", "iql", "--rollouts", "online"]),
+    "ssorl_baseline-td3bc": ("ssorl_baseline", [*IDM, *AGENT, "--label-fraction", "0.3"]),
+    "ssorl_baseline-iql": ("ssorl_baseline", [*IDM, *AGENT, "--agent", "iql", "--label-fraction", "0.3"]),
     "dd_baseline": ("dd_baseline", [*SMALL, "--idm-width", "16", "--plan-horizon", "8", "--eval-episodes", "2"]),
 }
 
@@ -80,7 +80,7 @@ def run_script(script: str, arguments: list[str], stop_in: str | None = None, sh
     def watched(stage, items):
         armed = stage.name == stop_in
         for item in over(stage, items):
-            if armed and stage.done >= share * len(items):
+            if armed and stage.done >= int(share * len(items)):
                 armed = False
                 threading.Timer(random.uniform(0, 0.02), os.kill, (os.getpid(), number)).start()
             yield item
