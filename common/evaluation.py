@@ -130,10 +130,13 @@ def score_report(robot: str, data_returns: np.ndarray, eval_returns: list[float]
         )
 
     count = min(10, len(eval_returns))
+    last = {
+        f"mean of last {count}": line(float(np.mean(eval_returns[-10:]))),
+        "best (hindsight)": line(max(eval_returns)),
+    }
     return {
         "data's own mean": line(float(data_returns.mean())),
         "final": line(eval_returns[-1]),
-        f"mean of last {count}": line(float(np.mean(eval_returns[-10:]))),
-        "best (hindsight)": line(max(eval_returns)),
+        **(last if count > 1 else {}),
         "evaluation": f"{len(evaluator.envs)} episodes in {evaluator.simulator}, physics {evaluator.physics}",
     }

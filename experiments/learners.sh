@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The README's results: every learner of the paper on local Hopper data at laptop scale, three agent seeds each, then
 # DAWM-T and the horizons. World model, inverse dynamics and synthetic sets are made once and reused. Two runs at a
-# time, one thread each: about an hour on two cores. A run that has finished is not made again.
+# time, one thread each: about an hour and a half on two cores. A run that has finished is not made again.
 # Then: python experiments/table.py runs/learners
 set -eu
 cd "$(dirname "$0")/.."
