@@ -11,8 +11,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--full", action="store_true", help="as many trials as docs/reliability.md states; some 40 minutes"
+        "--full", action="store_true", help="as many trials as docs/reliability.md states; an hour on two cores"
     )
+    parser.addoption("--trials", type=int, help="with --full: at most so many of each")
 
 
 @pytest.fixture

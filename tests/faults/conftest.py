@@ -16,7 +16,8 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture
 def trials(request):
     """trials(few, many): how many to make."""
-    return lambda few, many: many if request.config.getoption("--full") else few
+    option = request.config.getoption
+    return lambda few, many: min(many, option("--trials") or many) if option("--full") else few
 
 
 @pytest.fixture

@@ -229,7 +229,8 @@ def test_kill_while_a_checkpoint_is_written(tmp_path, trials, told):
         with a_stage(tmp_path / "checkpoints", (counter,), total=0) as stage:
             assert (counter.number == stage.done).all() and stage.done >= newest - 1
             newest = stage.done
-        assert len(list((tmp_path / "checkpoints").glob("*.pt"))) <= 3
+        # Two, one that a kill left before the oldest went, and one that never got its sha256.
+        assert len(list((tmp_path / "checkpoints").glob("*.pt"))) <= 4
     assert newest > count / 4  # it came on, from kill to kill
     told("kill during a checkpoint write", f"{count} trials, none unreadable")
 
