@@ -80,6 +80,16 @@ def test_what_differs_is_told_as_it_is():
     assert (ROOT / "docs" / "diffs.md").read_text() == module.page()
 
 
+def test_the_results_stand_twice_and_are_the_same():
+    """The README's table of scores is that of docs/results.md, and its rows name commands that exist."""
+    tables = [
+        re.findall(r"^\| `\w+\.py.*$", (ROOT / name).read_text(), flags=re.M)
+        for name in ("README.md", "docs/results.md")
+    ]
+    assert tables[0] == tables[1] and len(tables[0]) == 15
+    assert all((ROOT / row.split()[1].strip("`")).exists() for row in tables[0])
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
 def test_sections_in_order(script):
     banners = re.findall(r"^# (\d\. .+)$", script.read_text(), flags=re.M)
