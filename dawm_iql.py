@@ -1074,7 +1074,8 @@ def train_agent(args: Args, dataset: OfflineDataset, synthetic, synthesizer, eva
     obs_dim, action_dim = dataset.obs.shape[1], dataset.action.shape[1]
     factor = reward_factor(args, dataset)
     agent = IQL(args, real[:, :obs_dim], action_dim, factor)
-    run.bounds["agent/qf_target"] = factor * np.abs(dataset.reward).max() / max(1 - args.gamma, 1e-9)  # of any policy's
+    # No policy's values lie above this where rewards are like the data's: a mean target beyond it means divergence.
+    run.bounds["agent/qf_target"] = factor * np.abs(dataset.reward).max() / max(1 - args.gamma, 1e-9)
     resumable(run, "agent", train_agent)
     progress = {"losses": {}, "returns": [], "at": {"count": 0, "h": 0}}
     with run.stage("agent", args.agent_updates, "update", (agent, progress)) as stage:

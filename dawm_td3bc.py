@@ -978,7 +978,8 @@ def train_agent(args: Args, dataset: OfflineDataset, synthetic, synthesizer, eva
     run.seed("agent", args.seed)
     real = real_transitions(dataset, run.device)
     agent = TD3BC(args, real[:, : dataset.obs.shape[1]], dataset.action.shape[1])
-    run.bounds["agent/qf_target"] = np.abs(dataset.reward).max() / max(1 - args.gamma, 1e-9)  # of any policy's value
+    # No policy's values lie above this where rewards are like the data's: a mean target beyond it means divergence.
+    run.bounds["agent/qf_target"] = np.abs(dataset.reward).max() / max(1 - args.gamma, 1e-9)
     resumable(run, "agent", train_agent)
     progress = {"losses": {}, "returns": [], "at": {"count": 0, "h": 0}}
     with run.stage("agent", args.agent_updates, "update", (agent, progress)) as stage:

@@ -1039,7 +1039,8 @@ def train_agent(args: Args, dataset: OfflineDataset, synthetic, synthesizer, eva
         agent = TD3BC(args, obs, dataset.action.shape[1])
     else:
         agent = IQL(args, obs, dataset.action.shape[1], factor)
-    run.bounds["agent/qf_target"] = factor * np.abs(dataset.reward).max() / max(1 - args.gamma, 1e-9)  # of any policy's
+    # No policy's values lie above this where rewards are like the data's: a mean target beyond it means divergence.
+    run.bounds["agent/qf_target"] = factor * np.abs(dataset.reward).max() / max(1 - args.gamma, 1e-9)
     resumable(run, "agent", train_agent)
     progress = {"losses": {}, "returns": [], "at": {"count": 0}}
     with run.stage("agent", args.agent_updates, "update", (agent, progress)) as stage:

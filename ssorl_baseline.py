@@ -629,7 +629,8 @@ def train_agent(args: Args, dataset: OfflineDataset, reward_scale: float, evalua
     obs, action_dim = transitions[:, : dataset.obs.shape[1]], dataset.action.shape[1]
     factor = 1 if args.agent == "td3bc" else reward_scale
     agent = TD3BC(args, obs, action_dim) if args.agent == "td3bc" else IQL(args, obs, action_dim, factor)
-    run.bounds["agent/qf_target"] = factor * np.abs(dataset.reward).max() / max(1 - args.gamma, 1e-9)  # of any policy's
+    # No policy's values lie above this where rewards are like the data's: a mean target beyond it means divergence.
+    run.bounds["agent/qf_target"] = factor * np.abs(dataset.reward).max() / max(1 - args.gamma, 1e-9)
     resumable(run, "agent", train_agent)
     progress = {"losses": {}, "returns": [], "at": {"count": 0}}
     with run.stage("agent", args.agent_updates, "update", (agent, progress)) as stage:

@@ -40,9 +40,7 @@ PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "minari", "h5py")
 STOPPED = 75  # exit code of a run that a signal stopped and that can go on: EX_TEMPFAIL of sysexits.h, "try again"
 GRACE = 4.0  # seconds from a signal to the end, unless a checkpoint is being written
 CHECKPOINT_FORMAT = 1
-RESUME_HELP = (
-    """An interrupted run goes on where it was when the same command is given again, or with --resume RUN_FOLDER."""
-)
+RESUME_HELP = "An interrupted run goes on when the same command is given again, or with --resume RUN_FOLDER."
 
 
 def parse_args(args_class: type, laptop: dict, presets: dict[str, dict] | None = None):
@@ -139,11 +137,9 @@ def _args_of(folder: Path, args_class: type):
             stored[name] = Path(value)
             if not stored[name].is_absolute() and content["cwd"] != os.getcwd():
                 raise UserError(f"--resume {folder} has paths relative to {content['cwd']}; give the command there")
-    return (
-        args_class(**stored)
-        if Path(stored["run_dir"]).resolve() == folder.resolve().parent
-        else args_class(**{**stored, "run_dir": folder.resolve().parent})
-    )
+    if Path(stored["run_dir"]).resolve() != folder.resolve().parent:  # the folder has been moved
+        stored["run_dir"] = folder.resolve().parent
+    return args_class(**stored)
 
 
 class Stopped(Exception):
@@ -245,6 +241,10 @@ def write_whole(path: Path, write) -> None:
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
+
+
+def write_text_whole(path: Path, text: str) -> None:
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def select_device(name: str) -> torch.device:
@@ -367,7 +367,7 @@ class Run:
         }
         self.fingerprints["data"] = data["fingerprint"]
         self.open(content)
-        write_whole(self.folder / "args.json", lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
+        write_text_whole(self.folder / "args.json", json.dumps(content, indent=2) + "\n")
         self.say("data", f"{data['env_id']}: {data['source']} {data['path']}")
         self.say("", f"sha256 {data['sha256']}")
         if data["note"]:
@@ -398,8 +398,7 @@ class Run:
         """Note on disk that this run has made the stage: after an interruption --fresh does not make it once more."""
         self.made.add(stage)
         if (self.folder / "args.json").exists():
-            names = json.dumps(sorted(self.made)).encode()
-            write_whole(self.folder / "made.json", lambda file: file.write(names))
+            write_text_whole(self.folder / "made.json", json.dumps(sorted(self.made)))
 
     @contextmanager
     def timed(self, name: str):
@@ -466,13 +465,11 @@ class Run:
         table = "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
         print(f"\n{'-' * 72}\n{table}\n{'-' * 72}")
         kept = {stage: str(Path(self.args.stage_dir) / name) for stage, name in self.kept.items()}
-        write_whole(self.folder / "stages.json", lambda file: file.write((json.dumps(kept, indent=2) + "\n").encode()))
+        write_text_whole(self.folder / "stages.json", json.dumps(kept, indent=2) + "\n")
         self._plot()
         self.tensorboard.close()
         self.metrics_file.close()
-        write_whole(
-            self.folder / "summary.txt", lambda file: file.write((table + "\n").encode())
-        )  # last: it is finished
+        write_text_whole(self.folder / "summary.txt", table + "\n")  # last: it says that the run has finished
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         for name in ("made.json", ".lock"):
             (self.folder / name).unlink(missing_ok=True)
@@ -516,7 +513,7 @@ def save_checkpoint(folder: Path, number: int, content: dict) -> Path:
         path = folder / f"{number:012d}.pt"
         Path(f"{path}.sha256").unlink(missing_ok=True)
         write_whole(path, lambda file: torch.save({"format": CHECKPOINT_FORMAT, **content}, file))
-        write_whole(Path(f"{path}.sha256"), lambda file: file.write(_sha256(path).encode()))
+        write_text_whole(Path(f"{path}.sha256"), _sha256(path))
         before = sorted(x for x in folder.glob("*.pt") if x < path and Path(f"{x}.sha256").exists())
         for other in set(folder.glob("*.pt")) - {path, *before[-1:]}:  # older, or cut off or damaged and passed over
             Path(f"{other}.sha256").unlink(missing_ok=True)

@@ -48,6 +48,7 @@ from common.run import (
     how_to_go_on,
     load_checkpoint,
     save_checkpoint,
+    write_text_whole,
     write_whole,
 )
 
@@ -351,7 +352,7 @@ def _write_log(path: Path, rows: list[dict]) -> None:
     writer = csv.DictWriter(text, ["step", "mean_return", "std_return"])
     writer.writeheader()
     writer.writerows(rows)
-    write_whole(path, lambda file: file.write(text.getvalue().encode()))
+    write_text_whole(path, text.getvalue())
 
 
 # ---- Export
@@ -472,7 +473,7 @@ def _write_policies(args: Args, chosen: dict[str, Candidate]) -> None:
         write_whole(args.behavior_dir / name, lambda file, content=content: file.write(content))
         sums[name] = hashlib.sha256(content).hexdigest()
     lines = "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))  # sha256sum -c reads this
-    write_whole(args.behavior_dir / "SHA256SUMS", lambda file: file.write(lines.encode()))
+    write_text_whole(args.behavior_dir / "SHA256SUMS", lines)
     print(f"wrote {len(files)} policies to {args.behavior_dir}; {total:,} bytes for all robots")
 
 

@@ -31,7 +31,6 @@ def reference(tmp_path_factory):
     def reference(name: str):
         if name not in made:
             folder = tmp_path_factory.mktemp("whole") / "run"
-            folder.mkdir()
             script, arguments = command(name, folder)
             assert finish(script, arguments, folder / "log") == 0, (folder / "log").read_text()[-2000:]
             made[name] = folder, outcome(folder)
@@ -57,7 +56,6 @@ def test_kill_and_the_same_command(name, reference, trials, told):
     for trial in range(count):
         random.seed(trial)
         here = folder.parent / f"{name}-{trial}"
-        here.mkdir()
         script, arguments = command(name, here)
         stage, share = stages[trial % len(stages)], random.random()
         assert finish(script, arguments, here / "log", stop_in=stage, share=share, number=KILL) == -KILL
@@ -74,7 +72,6 @@ def test_kill_and_the_same_command(name, reference, trials, told):
 def test_three_kills_in_one_run(reference):
     folder, whole = reference("dawm_td3bc")
     here = folder.parent / "three"
-    here.mkdir()
     script, arguments = command("dawm_td3bc", here)
     for stage, share in (("world model", 0.5), ("world model", 0.8), ("agent", 0.6)):
         assert finish(script, arguments, here / "log", stop_in=stage, share=share, number=KILL) == -KILL
@@ -84,7 +81,6 @@ def test_three_kills_in_one_run(reference):
 def test_resume_by_folder(reference):
     folder, whole = reference("dawm_td3bc")
     here = folder.parent / "resume"
-    here.mkdir()
     script, arguments = command("dawm_td3bc", here)
     assert finish(script, arguments, here / "log", stop_in="agent", share=0.5, number=KILL) == -KILL
     (run,) = (here / "runs").iterdir()
@@ -99,7 +95,6 @@ def test_fresh_stays_fresh_and_still_resumes(reference):
     """A run with --fresh uses nothing that is kept, but after a kill it goes on with what it made itself."""
     folder, whole = reference("dawm_td3bc")
     script, arguments = command("dawm_td3bc", folder.parent / "fresh")
-    (folder.parent / "fresh").mkdir()
     arguments += ["--stage-dir", str(folder / "stages"), "--fresh"]
     log, again = folder.parent / "fresh" / "log", folder.parent / "fresh" / "again"
     assert finish(script, arguments, log, stop_in="inverse dynamics", share=0.5, number=KILL) == -KILL
@@ -125,7 +120,6 @@ def test_signals(number, reference, trials):
     for trial in range(count):
         random.seed(trial)
         here = folder.parent / f"{signal.Signals(number).name}-{trial}"
-        here.mkdir()
         script, arguments = command("dawm_td3bc", here, "--checkpoint-every", "1000")  # none but the signal's
         stage = ["agent", "world model", "inverse dynamics", "synthesis"][trial % 4]
         pid = child(
@@ -243,7 +237,6 @@ def test_same_seed_same_numbers(threads, tmp_path, told):
         found = []
         for i in range(3):
             here = tmp_path / f"{name}-{i}"
-            here.mkdir()
             script, arguments = command(name, here, "--threads", str(threads))
             result = subprocess.run(
                 [sys.executable, f"{script}.py", *arguments], cwd=Path(__file__).resolve().parents[2],
@@ -271,7 +264,6 @@ def test_changed_code_begins_a_new_run(reference):
     """Nothing of the interrupted run is touched; --resume says what is the matter."""
     folder, _ = reference("dawm_td3bc")
     here = folder.parent / "code"
-    here.mkdir()
     script, arguments = command("dawm_td3bc", here)
     assert finish(script, arguments, here / "log", stop_in="agent", share=0.5, number=KILL) == -KILL
     (run,) = (here / "runs").iterdir()

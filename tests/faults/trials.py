@@ -36,7 +36,8 @@ RUNS = {
 
 
 def command(name: str, folder: Path, *more: str) -> tuple[str, list[str]]:
-    """Script and arguments of one of RUNS, with all that it writes below `folder`."""
+    """Script and arguments of one of RUNS, with all that it writes below `folder`, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
     data = folder.parent / "data.hdf5"
     if not data.exists():
         hopper_file(data)
