@@ -126,6 +126,8 @@ class Args:
     """updates between two averagings [DWM App.]"""
     ema_start: int = 2_000
     """updates before which the average is a plain copy; [unspecified], DD's code"""
+    compile: bool = False
+    """torch.compile for the U-Net: minutes to start, then faster (docs/speed.md)"""
 
     # ---- Inverse dynamics
     idm_seed: int = 100
@@ -448,22 +450,102 @@ def posterior_coefficients(alpha_bar: torch.Tensor, steps: list[int]) -> list[tu
 
 
 # Copied from dawm_td3bc.py
+def taps(length: int, batch: int) -> list[tuple[int, slice, slice]]:
+    """Of a convolution's 5 taps: number, rows that it reads and rows that it adds to; a token is `batch` rows."""
+    reach = [(tap, max(0, tap - 2), max(0, 2 - tap)) for tap in range(5)]
+    rows = length * batch
+    return [(tap, slice(a * batch, rows - b * batch), slice(b * batch, rows - a * batch)) for tap, a, b in reach]
+
+
+# Copied from dawm_td3bc.py
+class TapProducts(torch.autograd.Function):
+    """Convolution of x [L, B, in] with weight [5, in, out] and bias [out] -> [L, B, out], one product for each tap."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        out = bias.repeat(len(x) * x.shape[1], 1)
+        for tap, read, add in taps(*x.shape[:2]):
+            out[add].addmm_(x.flatten(0, 1)[read], weight[tap])
+        return out.view(*x.shape[:2], -1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x, weight), grad = ctx.saved_tensors, grad.flatten(0, 1)
+        flat, grad_x, grad_weight = x.flatten(0, 1), torch.zeros_like(x), torch.zeros_like(weight)
+        for tap, read, add in taps(*x.shape[:2]):
+            grad_x.flatten(0, 1)[read].addmm_(grad[add], weight[tap].T)
+            torch.mm(flat[read].T, grad[add], out=grad_weight[tap])
+        return grad_x, grad_weight, grad.sum(0)
+
+
+# Copied from dawm_td3bc.py
+class TemporalConv(nn.Module):
+    """nn.Conv1d of 5 taps with zeros beyond both ends, for x [L, B, in_channels] -> [L, B, out_channels].
+
+    Windows are so short that half of what nn.Conv1d multiplies is padding. A product for each tap leaves that out, and
+    with time first what a tap reads lies in one piece: 4 times as fast at paper scale on a CPU (docs/speed.md).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        like = nn.Conv1d(in_channels, out_channels, 5)
+        self.weight, self.bias = nn.Parameter(like.weight.detach().permute(2, 1, 0).contiguous()), like.bias
+
+    def forward(self, x):
+        if x.is_cuda:  # one kernel instead of five
+            return F.conv1d(x.permute(1, 2, 0), self.weight.permute(2, 1, 0), self.bias, padding=2).permute(2, 0, 1)
+        return TapProducts.apply(x.contiguous(), self.weight, self.bias)
+
+
+# Copied from dawm_td3bc.py
+class TemporalNorm(nn.GroupNorm):
+    """nn.GroupNorm of x [L, B, channels]; from 64 channels on, a batch norm over a view is the same and faster."""
+
+    def forward(self, x):
+        if x.is_cuda or x.shape[2] < 64:
+            return F.group_norm(x.permute(1, 2, 0), self.num_groups, self.weight, self.bias, self.eps).permute(2, 0, 1)
+        groups = x.reshape(len(x), -1, x.shape[2] // self.num_groups)
+        groups = F.batch_norm(groups, None, None, training=True, eps=self.eps)
+        return torch.addcmul(self.bias, groups.view(x.shape), self.weight)
+
+
+# Copied from dawm_td3bc.py
+class MishFunction(torch.autograd.Function):
+    """x tanh(ln(1 + e^x)) = x - 2 x / m with m = (1 + e^x)^2 + 1, in place where it can be: half of F.mish's time."""
+
+    @staticmethod
+    def forward(ctx, x):
+        m = x.clamp(max=20).exp_().add_(1).square_().add_(1)  # beyond 20 the result is x
+        ctx.save_for_backward(x, m)
+        return torch.addcdiv(x, x, m, value=-2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, m = ctx.saved_tensors
+        root = (m - 1).sqrt_()  # 1 + e^x
+        return (root * (root - 1)).mul_(x).mul_(4).div_(m).sub_(2).div_(m).add_(1).mul_(grad)
+
+
+# Copied from dawm_td3bc.py
+def mish(x: torch.Tensor) -> torch.Tensor:
+    return F.mish(x) if x.is_cuda else MishFunction.apply(x)
+
+
+# Copied from dawm_td3bc.py
 class ResidualBlock(nn.Module):
     """Two convolutions over time with group norm and Mish; the condition is added between them [DD code]."""
 
     def __init__(self, in_channels: int, out_channels: int, embed_dim: int):
         super().__init__()
-        self.conv1 = nn.Sequential(
-            nn.Conv1d(in_channels, out_channels, 5, padding=2), nn.GroupNorm(8, out_channels), nn.Mish()
-        )
-        self.condition = nn.Sequential(nn.Mish(), nn.Linear(embed_dim, out_channels))
-        self.conv2 = nn.Sequential(
-            nn.Conv1d(out_channels, out_channels, 5, padding=2), nn.GroupNorm(8, out_channels), nn.Mish()
-        )
-        self.skip = nn.Conv1d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.conv1, self.norm1 = TemporalConv(in_channels, out_channels), TemporalNorm(8, out_channels)
+        self.condition = nn.Linear(embed_dim, out_channels)
+        self.conv2, self.norm2 = TemporalConv(out_channels, out_channels), TemporalNorm(8, out_channels)
+        self.skip = nn.Linear(in_channels, out_channels) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x, embedding):
-        return self.conv2(self.conv1(x) + self.condition(embedding)[:, :, None]) + self.skip(x)
+        h = mish(self.norm1(self.conv1(x))) + self.condition(embedding)
+        return mish(self.norm2(self.conv2(h))) + self.skip(x)
 
 
 # Copied from dawm_td3bc.py
@@ -510,38 +592,25 @@ class TemporalUNet(nn.Module):
             )
             for i, o in reversed(levels[1:])
         )
-        self.head = nn.Sequential(
-            nn.Conv1d(width * multipliers[0], width, 5, padding=2),
-            nn.GroupNorm(8, width),
-            nn.Mish(),
-            nn.Conv1d(width, channels, 1),
-        )
-        self.length_unit = 2 ** (len(levels) - 1)  # each level but the last halves the length
+        self.head_conv, self.head_norm = TemporalConv(width * multipliers[0], width), TemporalNorm(8, width)
+        self.head = nn.Linear(width, channels)
 
     def forward(self, x, k, action, return_to_go, keep):
         angle = k[:, None] * self.frequencies
-        embedding = torch.cat(
-            [
-                self.embed_k(torch.cat([angle.sin(), angle.cos()], 1)),
-                self.embed_return(return_to_go) * keep,
-                self.embed_action(action),
-            ],
-            dim=1,
-        )
-        length = x.shape[1]
-        # H+2 tokens need not divide: repeat the last token inside, crop the output [unspecified]
-        x = F.pad(x.transpose(1, 2), (0, -length % self.length_unit), mode="replicate")
-        skips = []
+        embedding = [self.embed_k(torch.cat([angle.sin(), angle.cos()], 1)), self.embed_return(return_to_go) * keep]
+        embedding = mish(torch.cat([*embedding, self.embed_action(action)], dim=1))
+        x, skips = x.transpose(0, 1), []  # time first: [L, B, channels]
         for block1, block2, shorten in self.down:
             x = block2(block1(x, embedding), embedding)
             skips.append(x)
-            x = shorten(x)
+            x = shorten(x.permute(1, 2, 0)).permute(2, 0, 1)
         for block in self.middle:
             x = block(x, embedding)
         for block1, block2, lengthen in self.up:
-            x = torch.cat([x, skips.pop()], dim=1)
-            x = lengthen(block2(block1(x, embedding), embedding))
-        return self.head(x)[:, :, :length].transpose(1, 2)
+            x = torch.cat([x, skips.pop()], dim=2)
+            x = lengthen(block2(block1(x, embedding), embedding).permute(1, 2, 0)).permute(2, 0, 1)
+            x = x[: len(skips[-1])]  # 9 tokens become 5, then 10: the last is cropped [unspecified]
+        return self.head(mish(self.head_norm(self.head_conv(x)))).transpose(0, 1)
 
 
 # Copied from dawm_td3bc.py
@@ -565,6 +634,8 @@ class WorldModel(nn.Module):
         alpha_bar = cosine_alpha_bar(args.diffusion_steps)
         self.register_buffer("alpha_bar", alpha_bar.float())
         self.denoiser = TemporalUNet(self.obs_dim + 1, action_dim, args.unet_width, args.unet_multipliers)
+        if args.compile:  # on a GPU as CUDA graphs
+            self.denoiser.compile(mode="default" if windows.obs.device.type == "cpu" else "reduce-overhead")
 
     def normalize(self, obs: torch.Tensor, reward: torch.Tensor) -> torch.Tensor:
         """obs [..., obs_dim], reward [...] in dataset units -> tokens [..., obs_dim + 1]."""
@@ -666,7 +737,8 @@ def train_world_model(args: Args, windows: Windows, run: Run) -> WorldModel:
                     torch._foreach_lerp_(ema_parameters, parameters, rate)
             if step % args.log_every == 0 or step == args.world_model_steps:
                 run.log(step, {"world_model/loss": loss})
-    world_model.denoiser = ema_denoiser if args.world_model_steps >= args.ema_every else world_model.denoiser
+    if args.world_model_steps >= args.ema_every:
+        world_model.denoiser.load_state_dict(ema_denoiser.state_dict())
     kept.keep(world_model.state_dict())
     return world_model
 
@@ -895,7 +967,8 @@ def synthesize(args: Args, synthesizer: Synthesizer, run: Run) -> torch.Tensor:
 
 # Copied from dawm_td3bc.py
 def mlp(in_dim: int, out_dim: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(in_dim, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, out_dim))
+    hidden = [nn.Linear(in_dim, 256), nn.ReLU(inplace=True), nn.Linear(256, 256), nn.ReLU(inplace=True)]
+    return nn.Sequential(*hidden, nn.Linear(256, out_dim))
 
 
 class Policy(nn.Module):
@@ -975,8 +1048,8 @@ class IQL:
         self.qf_parameters = [*self.qf1.parameters(), *self.qf2.parameters()]
         self.qf_target_parameters = [*self.qf1_target.parameters(), *self.qf2_target.parameters()]
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=args.agent_lr, fused=True)
-        self.qf_optimizer = torch.optim.Adam(self.qf_parameters, lr=args.agent_lr, fused=True)
-        self.vf_optimizer = torch.optim.Adam(self.vf.parameters(), lr=args.agent_lr, fused=True)
+        self.critic_parameters = [*self.qf_parameters, *self.vf.parameters()]
+        self.critic_optimizer = torch.optim.Adam(self.critic_parameters, lr=args.agent_lr, fused=True)
         actor_updates = max(1, args.agent_updates // args.policy_delay)
         self.actor_schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.actor_optimizer, actor_updates)
 
@@ -989,13 +1062,10 @@ class IQL:
             q = torch.minimum(self.qf1_target(obs, action), self.qf2_target(obs, action))
         advantage = q - self.vf(obs)
         vf_loss = expectile_loss(advantage, self.args.expectile)
-        self.vf_optimizer.zero_grad()
-        vf_loss.backward()
-        self.vf_optimizer.step()
         qf_loss = (F.mse_loss(self.qf1(obs, action), target) + F.mse_loss(self.qf2(obs, action), target)) / 2
-        self.qf_optimizer.zero_grad()
-        qf_loss.backward()
-        self.qf_optimizer.step()
+        self.critic_optimizer.zero_grad()
+        (vf_loss + qf_loss).backward()  # they share no parameter, so one step is that of two optimizers
+        self.critic_optimizer.step()
         losses = {
             "agent/vf_loss": vf_loss.detach(),
             "agent/qf_loss": qf_loss.detach(),
@@ -1052,7 +1122,7 @@ def batches(args: Args, real: torch.Tensor, synthetic: torch.Tensor | None, synt
         parts = []
         for source, size in ((synthetic, num_synthetic), (real, args.agent_batch_size - num_synthetic)):
             if size:
-                parts.append(source[torch.randint(len(source), (size,), device=device)])
+                parts.append(source.index_select(0, torch.randint(len(source), (size,), device=device)))
         yield torch.cat(parts) if len(parts) > 1 else parts[0], at["count"] % args.policy_delay == 0
 
 

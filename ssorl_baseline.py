@@ -385,7 +385,8 @@ def real_transitions(dataset: OfflineDataset, device: torch.device) -> torch.Ten
 
 # Copied from dawm_td3bc.py
 def mlp(in_dim: int, out_dim: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(in_dim, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, out_dim))
+    hidden = [nn.Linear(in_dim, 256), nn.ReLU(inplace=True), nn.Linear(256, 256), nn.ReLU(inplace=True)]
+    return nn.Sequential(*hidden, nn.Linear(256, out_dim))
 
 
 # Copied from dawm_td3bc.py
@@ -543,8 +544,8 @@ class IQL:
         self.qf_parameters = [*self.qf1.parameters(), *self.qf2.parameters()]
         self.qf_target_parameters = [*self.qf1_target.parameters(), *self.qf2_target.parameters()]
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=args.agent_lr, fused=True)
-        self.qf_optimizer = torch.optim.Adam(self.qf_parameters, lr=args.agent_lr, fused=True)
-        self.vf_optimizer = torch.optim.Adam(self.vf.parameters(), lr=args.agent_lr, fused=True)
+        self.critic_parameters = [*self.qf_parameters, *self.vf.parameters()]
+        self.critic_optimizer = torch.optim.Adam(self.critic_parameters, lr=args.agent_lr, fused=True)
         actor_updates = max(1, args.agent_updates // args.policy_delay)
         self.actor_schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.actor_optimizer, actor_updates)
 
@@ -557,13 +558,10 @@ class IQL:
             q = torch.minimum(self.qf1_target(obs, action), self.qf2_target(obs, action))
         advantage = q - self.vf(obs)
         vf_loss = expectile_loss(advantage, self.args.expectile)
-        self.vf_optimizer.zero_grad()
-        vf_loss.backward()
-        self.vf_optimizer.step()
         qf_loss = (F.mse_loss(self.qf1(obs, action), target) + F.mse_loss(self.qf2(obs, action), target)) / 2
-        self.qf_optimizer.zero_grad()
-        qf_loss.backward()
-        self.qf_optimizer.step()
+        self.critic_optimizer.zero_grad()
+        (vf_loss + qf_loss).backward()  # they share no parameter, so one step is that of two optimizers
+        self.critic_optimizer.step()
         losses = {
             "agent/vf_loss": vf_loss.detach(),
             "agent/qf_loss": qf_loss.detach(),
@@ -618,7 +616,7 @@ def batches(args: Args, transitions: torch.Tensor, at: dict):
     while True:
         at["count"] += 1
         index = torch.randint(len(transitions), (args.agent_batch_size,), device=transitions.device)
-        yield transitions[index], at["count"] % args.policy_delay == 0
+        yield transitions.index_select(0, index), at["count"] % args.policy_delay == 0
 
 
 # Adapted from dawm_td3bc.py: two agents, one source

@@ -24,7 +24,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from common import UserError
-from common.run import all_finite
 
 FORMAT = 2  # of the folder; another number is told, never half-read
 
@@ -154,7 +153,7 @@ class Kept:
         UserError for NaN or infinity: nothing is kept then.
         """
         for what, tensor in tensors.items():
-            if not all_finite(tensor):
+            if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise UserError(self.run.not_finite(f"{what} of stage {self.name}", "NaN or infinite", len(tensor)))
         try:
             self._write(tensors)

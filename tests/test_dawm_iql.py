@@ -178,7 +178,7 @@ def test_the_policys_rate_falls_to_0_by_a_cosine_and_no_other(delay):
     for update in range(1, 11):
         agent.update(random_rows(4), update_actor=update % delay == 0)
         rates.append(agent.actor_optimizer.param_groups[0]["lr"])
-        assert [group["lr"] for o in (agent.qf_optimizer, agent.vf_optimizer) for group in o.param_groups] == [3e-4] * 2
+        assert [group["lr"] for group in agent.critic_optimizer.param_groups] == [3e-4]
     cosine = [1.5e-4 * (1 + math.cos(math.pi * (update // delay) / updates)) for update in range(1, 11)]
     assert rates == pytest.approx(cosine, abs=1e-12) and rates[-1] == pytest.approx(0, abs=1e-12)
 
