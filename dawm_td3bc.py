@@ -46,7 +46,7 @@ from common import UserError
 from common.data import OfflineDataset, load_dataset
 from common.evaluation import Evaluator, normalized_score, score_report
 from common.run import Run, check_range, run_script
-from common.stages import Kept, resumable
+from common.stages import Kept, RowFile, resumable
 
 
 @dataclass
@@ -898,15 +898,16 @@ def synthesize(args: Args, synthesizer: Synthesizer, run: Run) -> torch.Tensor:
     pairs = len(synthesizer.windows.start)
     chosen = torch.randperm(pairs, device=run.device)[: max(1, pairs // args.conditioning_subsample)]
     obs_dim, action_dim = synthesizer.world_model.obs_dim, synthesizer.windows.action.shape[1]
-    made = {"rows": [], "at_bounds": 0.0, "falls": 0.0}
-    with run.stage("synthesis", len(chosen), "pair", (made,)) as stage:
+    stored = RowFile(run.checkpoint_folders["synthesis"], 2 * obs_dim + action_dim + 2)
+    made = {"at_bounds": 0.0, "falls": 0.0}
+    with run.stage("synthesis", len(chosen), "pair", (made, stored)) as stage:
         for index in stage.over(chosen.split(args.synthesis_batch_size)):
             rows, valid = synthesizer(index)
-            made["rows"].append(rows[valid])
+            stored.append(rows[valid])
             at_bounds = rows[:, 1:, obs_dim : obs_dim + action_dim].abs() > 0.999
             made["at_bounds"] += at_bounds.float().mean() * len(index)
             made["falls"] += rows[..., -1].amax(1).sum()
-    transitions = torch.cat(made["rows"])
+    transitions = stored.tensor(run.device)
     run.log(
         0,
         {
@@ -1036,7 +1037,8 @@ def batches(args: Args, real: torch.Tensor, synthetic: torch.Tensor | None, synt
         parts = []
         for source, size in ((synthetic, num_synthetic), (real, args.agent_batch_size - num_synthetic)):
             if size:
-                parts.append(source.index_select(0, torch.randint(len(source), (size,), device=device)))
+                index = torch.randint(len(source), (size,), device=source.device)
+                parts.append(source.index_select(0, index).to(device))
         yield torch.cat(parts) if len(parts) > 1 else parts[0], at["count"] % args.policy_delay == 0
 
 

@@ -48,7 +48,7 @@ from common import UserError
 from common.data import OfflineDataset, load_dataset
 from common.evaluation import Evaluator, normalized_score, score_report
 from common.run import Run, check_range, run_script
-from common.stages import Kept, resumable
+from common.stages import Kept, RowFile, resumable
 
 
 @dataclass
@@ -807,11 +807,13 @@ def synthesize(args: Args, synthesizer: Synthesizer, run: Run) -> torch.Tensor:
         return kept.tensors["futures"]
     run.seed("synthesis", args.synthesis_seed)
     pairs = torch.arange(len(synthesizer.windows.start), device=run.device)
-    made = {"rows": []}
-    with run.stage("rollouts", len(pairs), "pair", (made,)) as stage:
+    obs_dim, action_dim = synthesizer.world_model.obs_dim, synthesizer.windows.action.shape[1]
+    row_dim = obs_dim + action_dim + (args.model_horizon + 1) * (2 + obs_dim)
+    stored = RowFile(run.checkpoint_folders["rollouts"], row_dim)
+    with run.stage("rollouts", len(pairs), "pair", (stored,)) as stage:
         for index in stage.over(pairs.split(args.synthesis_batch_size)):
-            made["rows"].append(synthesizer(index))
-    futures = torch.cat(made["rows"])
+            stored.append(synthesizer(index))
+    futures = stored.tensor(run.device)
     kept.keep({"futures": futures})
     return futures
 
@@ -1096,7 +1098,8 @@ def batches(args: Args, synthetic: torch.Tensor | None, synthesizer: Synthesizer
     while True:
         at["count"] += 1
         index = torch.randint(pairs, (args.agent_batch_size,), device=device)
-        yield synthesizer(index) if synthetic is None else synthetic[index], at["count"] % args.policy_delay == 0
+        rows = synthesizer(index) if synthetic is None else synthetic[index.to(synthetic.device)].to(device)
+        yield rows, at["count"] % args.policy_delay == 0
 
 
 # Adapted from dawm_td3bc.py: two agents, imagined futures

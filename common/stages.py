@@ -84,8 +84,8 @@ def resumable(run, name: str, function) -> None:
 
 
 class Kept:
-    """The place of one stage's result. `tensors`, on the run's device, is what was found there, or None: then make the
-    result and `keep` it.
+    """The place of one stage's result. `tensors` is what was found there (see `placed`), or None: then make the result
+    and `keep` it.
 
     Until it is kept, other processes that want the same result wait. The metrics logged in between are kept with it and
     logged again by whoever finds it. `name` is that of the stage's progress bar; `after` names the stages built on.
@@ -145,7 +145,7 @@ class Kept:
             self.run.log(step, values)
         age = datetime.timedelta(seconds=round(time.time() - made))
         self.run.reused(self.name, f"reused {self.folder}, {age} old, {seconds:.1f} s to make")
-        return load_file(path, device=str(self.run.device))
+        return {name: placed(tensor, self.run.device) for name, tensor in load_file(path).items()}
 
     def keep(self, tensors: dict[str, torch.Tensor]) -> None:
         """Write the result, whole or not at all, and let others have it. A full disk is told, the run goes on.
@@ -153,7 +153,7 @@ class Kept:
         UserError for NaN or infinity: nothing is kept then.
         """
         for what, tensor in tensors.items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
+            if tensor.is_floating_point() and not all(bool(end.isfinite()) for end in tensor.aminmax()):
                 raise UserError(self.run.not_finite(f"{what} of stage {self.name}", "NaN or infinite", len(tensor)))
         try:
             self._write(tensors)
@@ -195,6 +195,58 @@ class Kept:
         parent = os.open(self.folder.parent, os.O_RDONLY)
         os.fsync(parent)
         os.close(parent)
+
+
+class RowFile:
+    """Rows [N, width], float32, that grow on disk while a stage makes them: never all in memory, nor in a checkpoint.
+
+    As one of the things that a stage saves it tells how many bytes there are and their sha256; a resumed stage goes on
+    behind them.
+    """
+
+    def __init__(self, folder: Path, width: int):
+        self.path, self.width, self.size, self.digest = folder / "rows.f32", width, 0, hashlib.sha256()
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path.touch()
+        self.file = open(self.path, "r+b", buffering=0)
+
+    def append(self, rows: torch.Tensor) -> None:
+        content = rows.cpu().contiguous().numpy().tobytes()
+        try:
+            self.file.seek(self.size)
+            self.file.write(content)
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
+        self.digest.update(content)
+        self.size += len(content)
+
+    def state_dict(self) -> dict:
+        os.fsync(self.file.fileno())
+        return {"size": self.size, "sha256": self.digest.hexdigest()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """UserError if the rows that were there are not any more."""
+        self.file.seek(0)
+        self.size, self.digest, left = state["size"], hashlib.sha256(), state["size"]
+        while left and (part := self.file.read(min(left, 2**24))):
+            self.digest.update(part)
+            left -= len(part)
+        if self.digest.hexdigest() != state["sha256"]:
+            raise UserError(f"{self.path} is damaged; delete {self.path.parent} to begin the stage again")
+
+    def tensor(self, device: torch.device) -> torch.Tensor:
+        """All rows (see `placed`)."""
+        self.file.truncate(self.size)  # an interrupted run may have got further
+        flat = torch.from_file(str(self.path), size=self.size // 4)
+        return placed(flat.view(-1, self.width), device)
+
+
+def placed(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor that a file holds, on a GPU if half of its free memory takes it; else it stays mapped from the file, so
+    that it may be larger than any memory."""
+    fits = device.type == "cuda" and tensor.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+    return tensor.to(device) if fits else tensor
 
 
 def _sha256(path: Path) -> str:

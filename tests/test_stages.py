@@ -16,7 +16,7 @@ import torch
 import dawm_td3bc as script
 from common import UserError
 from common.run import Run
-from common.stages import Kept, stage_source
+from common.stages import Kept, RowFile, stage_source
 from dawm_td3bc import Args
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -513,3 +513,61 @@ def test_of_two_processes_one_makes_the_result_and_the_other_waits_for_it(start,
     assert (tmp_path / "made").read_text() == "once\n"
     assert made.endswith("made\n") and "waiting" not in made
     assert found.endswith("found\n") and found.index("waiting for it") < found.index("reused")
+
+
+# ---- Rows that grow on disk
+
+
+def test_rows_on_disk_are_the_rows(tmp_path):
+    made = [torch.randn(n, 3) for n in (4, 1, 7)]
+    rows = RowFile(tmp_path / "stage", 3)
+    for part in made:
+        rows.append(part)
+    assert torch.equal(rows.tensor(torch.device("cpu")), torch.cat(made))
+
+
+def test_rows_go_on_behind_the_checkpoint(tmp_path):
+    """What was written after the checkpoint is written again; what is there is checked against its sha256."""
+    rows = RowFile(tmp_path, 2)
+    rows.append(torch.ones(3, 2))
+    state = rows.state_dict()
+    rows.append(torch.full((5, 2), 7.0))
+    again = RowFile(tmp_path, 2)
+    again.load_state_dict(state)
+    again.append(torch.zeros(1, 2))
+    assert torch.equal(again.tensor(torch.device("cpu")), torch.cat([torch.ones(3, 2), torch.zeros(1, 2)]))
+    content = bytearray((tmp_path / "rows.f32").read_bytes())
+    for damaged in (content[:-12], bytes([content[0] ^ 1]) + content[1:]):
+        (tmp_path / "rows.f32").write_bytes(damaged)
+        with pytest.raises(UserError, match="rows.f32 is damaged; delete .* to begin the stage again"):
+            RowFile(tmp_path, 2).load_state_dict(state)
+
+
+def test_a_set_on_disk_takes_no_memory(tmp_path):
+    """400 MB are appended, kept and found again with less than 100 MB of memory that is not the file's own pages."""
+    code = f"""
+import sys
+import torch
+from pathlib import Path
+from common.stages import RowFile
+from safetensors.torch import load_file, save_file
+
+def own():
+    line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    return int(line.split()[1]) / 1024
+
+rows, before, part = RowFile(Path({str(tmp_path)!r}), 10), own(), torch.ones(100_000, 10)
+most = 0
+for _ in range(100):
+    rows.append(part)
+    most = max(most, own() - before)
+made = rows.tensor(torch.device("cpu"))
+save_file({{"rows": made}}, {str(tmp_path / "kept")!r})
+found = load_file({str(tmp_path / "kept")!r})["rows"]
+total = sum(found.index_select(0, torch.randint(len(found), (256,))).sum().item() for _ in range(100))
+print(len(found), total, max(most, own() - before))
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    count, total, megabytes = map(float, result.stdout.split())
+    assert count == 10_000_000 and total == 256_000 and megabytes < 100
