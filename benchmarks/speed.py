@@ -75,7 +75,7 @@ FOREVER = 10**9
 
 
 def metered(items, units=lambda item: 1, warm: int = 2):
-    """Yield items without end; between two of them, obey standard input: work for so many seconds, print the rate.
+    """Yield items; between two of them, obey standard input: work for so many seconds, print the rate. Ends with it.
 
     What a contender prints itself goes elsewhere: sys.stdout is not sys.__stdout__ in a worker.
     """
@@ -98,6 +98,7 @@ def metered(items, units=lambda item: 1, warm: int = 2):
             yield item
             count += units(item)
         print(count / (now() - start), flush=True, file=sys.__stdout__)
+    raise SystemExit
 
 
 def transitions(options):
@@ -130,8 +131,7 @@ class Clock:
         return self.over(range(1, self.total + 1))
 
     def over(self, items):
-        yield from metered(items, self.units)
-        raise SystemExit
+        return metered(items, self.units)
 
 
 def prepared(script, folder: str, options, **changes):
@@ -180,7 +180,6 @@ def ours(loop: str, name: str, options) -> None:
             for _ in metered([0], lambda _: sum(taken), warm=1):
                 taken.clear()
                 evaluator(counted, seed=100)
-            return
         if loop in "CD":
             script.train_agent(args, dataset, None, None, None, run)
         windows = script.Windows(args, dataset, run.device)
@@ -227,7 +226,6 @@ def plain(loop: str, options) -> None:
         env, actor, taken = make_env("Hopper-v4", "d4rl"), Mean(policy.actor), []
         for _ in metered([0], lambda _: taken[-1], warm=1):
             taken.append(evaluate(env, actor, 10, 100)[1])
-        return
     data = transitions(options)
     columns = data.obs, data.action, data.reward[:, None], data.next_obs, data.terminated[:, None].astype(np.float32)
     if loop in "CD":
@@ -385,17 +383,18 @@ class Worker:
         command += ["--threads", str(options.threads), "--device", options.device]
         command += ["--data-path", str(options.data_path)] if options.data_path and not peer else []
         environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
-        said = tempfile.TemporaryFile("w+")
+        self.said = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True, env=environment
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True, env=environment
         )
-        start = time.monotonic()
-        if self.process.stdout.readline().strip() != "ready":
+
+    def wait(self) -> None:
+        """Until it is warm, or has ended."""
+        if self.process and self.process.stdout.readline().strip() != "ready":
             self.process.wait()
-            said.seek(0)
-            self.why = (said.read().strip().splitlines() or ["ended without a word"])[-1]
+            self.said.seek(0)
+            self.why = (self.said.read().strip().splitlines() or ["ended without a word"])[-1]
             self.process = None
-        self.seconds_to_start = time.monotonic() - start
 
     def turn(self, seconds: float) -> None:
         self.process.stdin.write(f"{seconds}\n")
@@ -416,12 +415,13 @@ def measure(options) -> dict:
         names = ["ours", *(["ours, --compile"] if options.compile and loop[0] in "AB" else []), "plain"]
         workers = [Worker(loop, name, options) for name in [*names, *PEERS.get(loop, ())]]
         workers += [Worker("rate", name, options) for name in ("products", "copies", "simulator")]
-        here = [worker for worker in workers if worker.process]
         for worker in workers:
+            worker.wait()
             if not worker.process and worker.name not in PEERS.get(loop, ()):
                 sys.exit(f"error: {worker.name}, loop {loop}, did not start: {worker.why}")
             if not worker.process:
                 print(f"{loop}: {worker.name} left out: {worker.why}", file=sys.stderr)
+        here = [worker for worker in workers if worker.process]
         for number in tqdm(range(options.rounds), desc=LOOPS[loop], unit="round"):
             for worker in here[:: 1 if number % 2 else -1]:
                 worker.turn(options.seconds)
@@ -433,7 +433,6 @@ def measure(options) -> dict:
             spread = statistics.quantiles(worker.rates) if len(worker.rates) > 1 else worker.rates * 3
             rows[worker.name] = {
                 "rate": statistics.median(worker.rates), "quartiles": [spread[0], spread[2]], "rounds": worker.rates,
-                "seconds to start": worker.seconds_to_start,
             }  # fmt: skip
         if loop == "E":
             floor = 1 / rates["simulator"]

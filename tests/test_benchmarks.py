@@ -1,6 +1,8 @@
 """benchmarks/ and experiments/: what they compute from measurements, against values by hand."""
 
 import importlib.util
+import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -88,3 +90,25 @@ def test_rewards_along_a_plan_stop_at_its_first_fallen_state(monkeypatch):
     model.inverse_dynamics.forward = lambda obs, after: torch.zeros(*obs.shape[:-1], 3)
     model.obs_units.denormalize = lambda x: x
     assert module.plan_rewards(args, model, torch.zeros(2, 11), 0.5).tolist() == [3.0, 1.0]
+
+
+def test_forms_prints_a_row_for_each(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["forms.py", "--rounds", "1"])
+    load("benchmarks/forms.py").main()
+    rows = [line for line in capsys.readouterr().out.splitlines()[2:]]
+    assert len(rows) == 5 * (4 + 3 + 2) + 4 + 2 + 2 and all(
+        float(row.split("|")[3].replace(",", "")) > 0 for row in rows
+    )
+
+
+def test_scaling_finds_the_exponents(tmp_path):
+    """Two sizes of data and of the network: windows and memory grow with the data, the agent's update with neither."""
+    command = [sys.executable, "benchmarks/scaling.py", "--out", str(tmp_path / "scaling"), "--data", "2000", "8000"]
+    command += ["--widths", "16", "--batches", "16", "--horizons", "1"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = json.loads((tmp_path / "scaling.json").read_text())
+    points = found["points"]["data"]
+    assert [row["transitions"] for row in points.values()] == [2000 * 8, 8000 * 8]
+    assert 0.5 < found["exponents"]["data windows"] < 1.5 and abs(found["exponents"]["data agent"]) < 0.5
+    assert (tmp_path / "scaling.png").stat().st_size > 5000 and "| unet_width | 16 |" in result.stdout

@@ -539,7 +539,7 @@ def test_rows_go_on_behind_the_checkpoint(tmp_path):
     content = bytearray((tmp_path / "rows.f32").read_bytes())
     for damaged in (content[:-12], bytes([content[0] ^ 1]) + content[1:]):
         (tmp_path / "rows.f32").write_bytes(damaged)
-        with pytest.raises(UserError, match="rows.f32 is damaged; delete .* to begin the stage again"):
+        with pytest.raises(UserError, match=r"rows.f32 is damaged; delete .* to begin the stage again"):
             RowFile(tmp_path, 2).load_state_dict(state)
 
 

@@ -1,0 +1,147 @@
+"""Forms of the same step that were tried for speed: microseconds of forward and backward pass, medians, one thread.
+
+    python benchmarks/forms.py
+
+Convolutions of 5 taps, group norm and Mish on windows of L tokens, batch 64, as in the U-Net; Adam on the parameters of
+two critics; the product of their hidden layers. Within a group the forms take turns.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dawm_td3bc import TemporalConv, TemporalNorm, mish
+
+
+class Shifts(nn.Module):
+    """Five shifted copies side by side, then one product; x [L, B, C]."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.linear = nn.Linear(5 * channels, channels)
+
+    def forward(self, x):
+        padded = F.pad(x, (0, 0, 0, 0, 2, 2))
+        return self.linear(torch.cat([padded[tap : tap + len(x)] for tap in range(5)], dim=-1))
+
+
+class Slices(TemporalConv):
+    """A product for each tap, added in place to its tokens; autograd finds the backward pass."""
+
+    def forward(self, x):
+        out = x @ self.weight[2] + self.bias
+        for shift in (-2, -1, 1, 2):
+            if abs(shift) < len(x):
+                read = slice(max(0, shift), len(x) + min(0, shift))
+                out[max(0, -shift) : len(x) - max(0, shift)] += x[read] @ self.weight[shift + 2]
+        return out
+
+
+class BatchNormView(nn.GroupNorm):
+    def forward(self, x):
+        groups = x.reshape(len(x), -1, x.shape[2] // self.num_groups)
+        groups = F.batch_norm(groups, None, None, training=True, eps=self.eps)
+        return torch.addcmul(self.bias, groups.view(x.shape), self.weight)
+
+
+def both_ways(function, x):
+    """A call of forward and backward pass."""
+    x = x.clone().requires_grad_()
+    direction = torch.randn_like(function(x))
+
+    def call():
+        x.grad = None
+        function(x).backward(direction)
+
+    return call
+
+
+def groups():
+    """(title, {form: call}) one after another."""
+    for length, channels in ((9, 32), (5, 64), (4, 128), (2, 256), (2, 1024)):
+        x = torch.randn(length, 64, channels)
+        usual = x.permute(1, 2, 0).contiguous()
+        shape = f"{length} tokens, {channels} channels"
+        yield (
+            f"convolution, {shape}",
+            {
+                "nn.Conv1d": both_ways(nn.Conv1d(channels, channels, 5, padding=2), usual),
+                "shifts side by side": both_ways(Shifts(channels), x),
+                "taps, autograd": both_ways(Slices(channels, channels), x),
+                "taps (ours)": both_ways(TemporalConv(channels, channels), x),
+            },
+        )
+        yield (
+            f"group norm, {shape}",
+            {
+                "nn.GroupNorm on its own layout": both_ways(nn.GroupNorm(8, channels), usual),
+                "batch norm over a view": both_ways(BatchNormView(8, channels), x),
+                "ours": both_ways(TemporalNorm(8, channels), x),
+            },
+        )
+        yield f"Mish, {shape}", {"F.mish": both_ways(F.mish, x), "ours": both_ways(mish, x)}
+    sizes = [(256, 14), (256,), (256, 256), (256,), (1, 256), (1,)] * 2
+
+    def adam(parameters, **kind):
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        return torch.optim.Adam(parameters, lr=1e-4, **kind).step
+
+    def parameters():
+        return [torch.randn(size, requires_grad=True) for size in sizes]
+
+    flat = torch.randn(sum(p.numel() for p in parameters()), requires_grad=True)
+    yield (
+        "Adam, two critics",
+        {
+            "a tensor at a time": adam(parameters(), foreach=False),
+            "default": adam(parameters()),
+            "fused (ours)": adam(parameters(), fused=True),
+            "fused, one flat tensor": adam([flat], fused=True),
+        },
+    )
+    x, weight, bias = torch.randn(256, 256), torch.randn(2, 256, 256), torch.randn(2, 1, 256)
+    yield (
+        "hidden layer of two critics, forward",
+        {
+            "two products (ours)": lambda: [torch.addmm(b, x, w) for b, w in zip(bias, weight, strict=True)],
+            "one batched product": lambda: torch.baddbmm(bias, x.expand(2, -1, -1), weight),
+        },
+    )
+    rows = torch.randn(200_000, 27)
+    yield (
+        "drawing 256 of 200,000 rows",
+        {
+            "rows[index]": lambda: rows[torch.randint(len(rows), (256,))],
+            "index_select (ours)": lambda: rows.index_select(0, torch.randint(len(rows), (256,))),
+        },
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=50)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print("| step | form | microseconds |\n|---|---|---|")
+    for title, forms in groups():
+        seconds = {name: [] for name in forms}
+        for _ in range(options.rounds + 3):
+            for name, call in forms.items():
+                start = time.perf_counter()
+                call()
+                seconds[name].append(time.perf_counter() - start)
+        for i, (name, values) in enumerate(seconds.items()):
+            print(f"| {'' if i else title} | {name} | {1e6 * statistics.median(values[3:]):,.0f} |")
+
+
+if __name__ == "__main__":
+    main()
