@@ -45,6 +45,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from common import UserError
 from common.data import OfflineDataset, load_dataset
@@ -127,7 +128,7 @@ class Args:
     ema_start: int = 2_000
     """updates before which the average is a plain copy; [unspecified], DD's code"""
     compile: bool = False
-    """torch.compile for the U-Net: minutes to start, then faster (docs/speed.md)"""
+    """torch.compile for the U-Net: minutes to start, then faster (docs/speed.md); needs a C++ compiler"""
 
     # ---- Inverse dynamics
     idm_seed: int = 100
@@ -470,6 +471,7 @@ class TapProducts(torch.autograd.Function):
         return out.view(*x.shape[:2], -1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         (x, weight), grad = ctx.saved_tensors, grad.flatten(0, 1)
         flat, grad_x, grad_weight = x.flatten(0, 1), torch.zeros_like(x), torch.zeros_like(weight)
@@ -483,8 +485,8 @@ class TapProducts(torch.autograd.Function):
 class TemporalConv(nn.Module):
     """nn.Conv1d of 5 taps with zeros beyond both ends, for x [L, B, in_channels] -> [L, B, out_channels].
 
-    Windows are so short that half of what nn.Conv1d multiplies is padding. A product for each tap leaves that out, and
-    with time first what a tap reads lies in one piece: 4 times as fast at paper scale on a CPU (docs/speed.md).
+    Windows are so short that a third to a half of what nn.Conv1d multiplies is padding. A product for each tap leaves
+    that out, and with time first what a tap reads lies in one piece: faster on a CPU (docs/speed.md).
     """
 
     def __init__(self, in_channels: int, out_channels: int):
@@ -493,7 +495,7 @@ class TemporalConv(nn.Module):
         self.weight, self.bias = nn.Parameter(like.weight.detach().permute(2, 1, 0).contiguous()), like.bias
 
     def forward(self, x):
-        if x.is_cuda:  # one kernel instead of five
+        if x.is_cuda:  # one kernel instead of five; not measured
             return F.conv1d(x.permute(1, 2, 0), self.weight.permute(2, 1, 0), self.bias, padding=2).permute(2, 0, 1)
         return TapProducts.apply(x.contiguous(), self.weight, self.bias)
 
@@ -512,7 +514,7 @@ class TemporalNorm(nn.GroupNorm):
 
 # Copied from dawm_td3bc.py
 class MishFunction(torch.autograd.Function):
-    """x tanh(ln(1 + e^x)) = x - 2 x / m with m = (1 + e^x)^2 + 1, in place where it can be: half of F.mish's time."""
+    """x tanh(ln(1 + e^x)) = x - 2 x / m with m = (1 + e^x)^2 + 1, mostly in place: three quarters of F.mish's time."""
 
     @staticmethod
     def forward(ctx, x):
@@ -521,6 +523,7 @@ class MishFunction(torch.autograd.Function):
         return torch.addcdiv(x, x, m, value=-2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, m = ctx.saved_tensors
         root = (m - 1).sqrt_()  # 1 + e^x
@@ -938,7 +941,7 @@ def synthesize(args: Args, synthesizer: Synthesizer, run: Run) -> torch.Tensor:
     pairs = len(synthesizer.windows.start)
     chosen = torch.randperm(pairs, device=run.device)[: max(1, pairs // args.conditioning_subsample)]
     obs_dim, action_dim = synthesizer.world_model.obs_dim, synthesizer.windows.action.shape[1]
-    stored = RowFile(run.checkpoint_folders["synthesis"], 2 * obs_dim + action_dim + 2)
+    stored = RowFile(run, "synthesis", 2 * obs_dim + action_dim + 2)
     made = {"at_bounds": 0.0, "falls": 0.0}
     with run.stage("synthesis", len(chosen), "pair", (made, stored)) as stage:
         for index in stage.over(chosen.split(args.synthesis_batch_size)):
@@ -957,8 +960,7 @@ def synthesize(args: Args, synthesizer: Synthesizer, run: Run) -> torch.Tensor:
             "synthesis/fall_fraction": made["falls"] / len(chosen),
         },
     )
-    kept.keep({"transitions": transitions})
-    return transitions
+    return kept.keep({"transitions": transitions})["transitions"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1123,8 +1125,8 @@ def batches(args: Args, real: torch.Tensor, synthetic: torch.Tensor | None, synt
         parts = []
         for source, size in ((synthetic, num_synthetic), (real, args.agent_batch_size - num_synthetic)):
             if size:
-                index = torch.randint(len(source), (size,), device=source.device)
-                parts.append(source.index_select(0, index).to(device))
+                index = torch.randint(len(source), (size,), device=device)
+                parts.append(source.index_select(0, index.to(source.device)).to(device))
         yield torch.cat(parts) if len(parts) > 1 else parts[0], at["count"] % args.policy_delay == 0
 
 

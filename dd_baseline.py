@@ -44,6 +44,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from common import UserError
 from common.data import OfflineDataset, load_dataset
@@ -124,7 +125,7 @@ class Args:
     ema_start: int = 2_000
     """updates before which the average is a plain copy [DD code]"""
     compile: bool = False
-    """torch.compile for the U-Net: minutes to start, then faster (docs/speed.md)"""
+    """torch.compile for the U-Net: minutes to start, then faster (docs/speed.md); needs a C++ compiler"""
     idm_width: int = 1024
     """units of the two hidden layers of the inverse dynamics [DWM App.]"""
     idm_dropout: float = 0.1
@@ -418,6 +419,7 @@ class TapProducts(torch.autograd.Function):
         return out.view(*x.shape[:2], -1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         (x, weight), grad = ctx.saved_tensors, grad.flatten(0, 1)
         flat, grad_x, grad_weight = x.flatten(0, 1), torch.zeros_like(x), torch.zeros_like(weight)
@@ -431,8 +433,8 @@ class TapProducts(torch.autograd.Function):
 class TemporalConv(nn.Module):
     """nn.Conv1d of 5 taps with zeros beyond both ends, for x [L, B, in_channels] -> [L, B, out_channels].
 
-    Windows are so short that half of what nn.Conv1d multiplies is padding. A product for each tap leaves that out, and
-    with time first what a tap reads lies in one piece: 4 times as fast at paper scale on a CPU (docs/speed.md).
+    Windows are so short that a third to a half of what nn.Conv1d multiplies is padding. A product for each tap leaves
+    that out, and with time first what a tap reads lies in one piece: faster on a CPU (docs/speed.md).
     """
 
     def __init__(self, in_channels: int, out_channels: int):
@@ -441,7 +443,7 @@ class TemporalConv(nn.Module):
         self.weight, self.bias = nn.Parameter(like.weight.detach().permute(2, 1, 0).contiguous()), like.bias
 
     def forward(self, x):
-        if x.is_cuda:  # one kernel instead of five
+        if x.is_cuda:  # one kernel instead of five; not measured
             return F.conv1d(x.permute(1, 2, 0), self.weight.permute(2, 1, 0), self.bias, padding=2).permute(2, 0, 1)
         return TapProducts.apply(x.contiguous(), self.weight, self.bias)
 
@@ -460,7 +462,7 @@ class TemporalNorm(nn.GroupNorm):
 
 # Copied from dawm_td3bc.py
 class MishFunction(torch.autograd.Function):
-    """x tanh(ln(1 + e^x)) = x - 2 x / m with m = (1 + e^x)^2 + 1, in place where it can be: half of F.mish's time."""
+    """x tanh(ln(1 + e^x)) = x - 2 x / m with m = (1 + e^x)^2 + 1, mostly in place: three quarters of F.mish's time."""
 
     @staticmethod
     def forward(ctx, x):
@@ -469,6 +471,7 @@ class MishFunction(torch.autograd.Function):
         return torch.addcdiv(x, x, m, value=-2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, m = ctx.saved_tensors
         root = (m - 1).sqrt_()  # 1 + e^x

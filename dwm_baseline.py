@@ -43,6 +43,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from common import UserError
 from common.data import OfflineDataset, load_dataset
@@ -125,7 +126,7 @@ class Args:
     ema_start: int = 2_000
     """updates before which the average is a plain copy; [unspecified], DD's code"""
     compile: bool = False
-    """torch.compile for the U-Net: minutes to start, then faster (docs/speed.md)"""
+    """torch.compile for the U-Net: minutes to start, then faster (docs/speed.md); needs a C++ compiler"""
 
     # ---- Synthesis
     rollouts: Literal["online", "stored"] = "online"
@@ -454,6 +455,7 @@ class TapProducts(torch.autograd.Function):
         return out.view(*x.shape[:2], -1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         (x, weight), grad = ctx.saved_tensors, grad.flatten(0, 1)
         flat, grad_x, grad_weight = x.flatten(0, 1), torch.zeros_like(x), torch.zeros_like(weight)
@@ -467,8 +469,8 @@ class TapProducts(torch.autograd.Function):
 class TemporalConv(nn.Module):
     """nn.Conv1d of 5 taps with zeros beyond both ends, for x [L, B, in_channels] -> [L, B, out_channels].
 
-    Windows are so short that half of what nn.Conv1d multiplies is padding. A product for each tap leaves that out, and
-    with time first what a tap reads lies in one piece: 4 times as fast at paper scale on a CPU (docs/speed.md).
+    Windows are so short that a third to a half of what nn.Conv1d multiplies is padding. A product for each tap leaves
+    that out, and with time first what a tap reads lies in one piece: faster on a CPU (docs/speed.md).
     """
 
     def __init__(self, in_channels: int, out_channels: int):
@@ -477,7 +479,7 @@ class TemporalConv(nn.Module):
         self.weight, self.bias = nn.Parameter(like.weight.detach().permute(2, 1, 0).contiguous()), like.bias
 
     def forward(self, x):
-        if x.is_cuda:  # one kernel instead of five
+        if x.is_cuda:  # one kernel instead of five; not measured
             return F.conv1d(x.permute(1, 2, 0), self.weight.permute(2, 1, 0), self.bias, padding=2).permute(2, 0, 1)
         return TapProducts.apply(x.contiguous(), self.weight, self.bias)
 
@@ -496,7 +498,7 @@ class TemporalNorm(nn.GroupNorm):
 
 # Copied from dawm_td3bc.py
 class MishFunction(torch.autograd.Function):
-    """x tanh(ln(1 + e^x)) = x - 2 x / m with m = (1 + e^x)^2 + 1, in place where it can be: half of F.mish's time."""
+    """x tanh(ln(1 + e^x)) = x - 2 x / m with m = (1 + e^x)^2 + 1, mostly in place: three quarters of F.mish's time."""
 
     @staticmethod
     def forward(ctx, x):
@@ -505,6 +507,7 @@ class MishFunction(torch.autograd.Function):
         return torch.addcdiv(x, x, m, value=-2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, m = ctx.saved_tensors
         root = (m - 1).sqrt_()  # 1 + e^x
@@ -809,13 +812,12 @@ def synthesize(args: Args, synthesizer: Synthesizer, run: Run) -> torch.Tensor:
     pairs = torch.arange(len(synthesizer.windows.start), device=run.device)
     obs_dim, action_dim = synthesizer.world_model.obs_dim, synthesizer.windows.action.shape[1]
     row_dim = obs_dim + action_dim + (args.model_horizon + 1) * (2 + obs_dim)
-    stored = RowFile(run.checkpoint_folders["rollouts"], row_dim)
+    stored = RowFile(run, "rollouts", row_dim)
     with run.stage("rollouts", len(pairs), "pair", (stored,)) as stage:
         for index in stage.over(pairs.split(args.synthesis_batch_size)):
             stored.append(synthesizer(index))
     futures = stored.tensor(run.device)
-    kept.keep({"futures": futures})
-    return futures
+    return kept.keep({"futures": futures})["futures"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def diffusers(loop: str, name: str, device: str) -> None:
     sys.modules["diffuser"].utils = sys.modules["diffuser.utils"]
     temporal = importlib.import_module("diffuser.models.temporal")
     diffusion = importlib.import_module("diffuser.models.diffusion")
-    width, levels, tokens = 128 if "128" in loop else 32, (1, 4, 8), 8
+    width, levels, tokens = 128 if "128" in loop else 32, (1, 4, 8), 12 if loop == "A9" else 8
     if name == "decision-diffuser":
         unet = temporal.TemporalUnet(
             tokens, 11, 0, dim=width, dim_mults=levels, returns_condition=True, condition_dropout=0.25
@@ -141,8 +141,10 @@ def corl(loop: str, device: str) -> None:
     def adam(net):
         return torch.optim.Adam(net.parameters(), lr=3e-4)
 
+    if loop == "E":
+        evaluation(module)
     buffer = module.ReplayBuffer(11, 3, 200_000, device)
-    buffer.load_d4rl_dataset(transitions()) if loop != "E" else None
+    buffer.load_d4rl_dataset(transitions())
     if loop == "D":
         actor, q, v = module.GaussianPolicy(11, 3, 1.0), module.TwinQ(11, 3), module.ValueFunction(11)
         for net in (actor, q, v):
@@ -152,8 +154,6 @@ def corl(loop: str, device: str) -> None:
         actor, critics = module.Actor(11, 3, 1.0).to(device), [module.Critic(11, 3).to(device) for _ in range(2)]
         pairs = [x for critic in critics for x in (critic, adam(critic))]
         agent = module.TD3_BC(1.0, actor, adam(actor), *pairs, device=device)
-    if loop == "E":
-        evaluation(module)
     for _ in metered(range(FOREVER)):
         agent.train([tensor.to(device) for tensor in buffer.sample(256)])
 
@@ -191,7 +191,7 @@ def evaluation(module) -> None:
         module.eval_actor(env, actor, "cpu", 10, 100)
 
 
-def td3_bc(device: str) -> None:
+def td3_bc() -> None:
     sys.path.insert(0, str(repository("TD3_BC")))
     module, utils = importlib.import_module("TD3_BC"), importlib.import_module("utils")
     buffer = utils.ReplayBuffer(11, 3, max_size=1)
@@ -201,7 +201,7 @@ def td3_bc(device: str) -> None:
         agent.train(buffer, 256)
 
 
-def iql_pytorch(device: str) -> None:
+def iql_pytorch() -> None:
     without("d4rl", "gym")
     sys.path.insert(0, str(repository("IQL-PyTorch")))
     iql, policy, values, util = (
@@ -218,7 +218,7 @@ def iql_pytorch(device: str) -> None:
         agent.update(**util.sample_batch(data, 256))
 
 
-def d3rlpy_agent(loop: str, device: str) -> None:
+def d3rlpy_agent(loop: str) -> None:
     import d3rlpy
     from peers import build
 
@@ -249,12 +249,12 @@ def main() -> None:
     elif name == "CORL":
         corl(loop, options.device)
     elif name == "TD3_BC":
-        td3_bc(options.device)
+        td3_bc()
     elif name == "IQL-PyTorch":
-        iql_pytorch(options.device)
+        iql_pytorch()
     elif name == "d3rlpy":
         sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
-        d3rlpy_agent(loop, options.device)
+        d3rlpy_agent(loop)
 
 
 if __name__ == "__main__":

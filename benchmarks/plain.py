@@ -44,7 +44,7 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """The scripts' TemporalUNet for windows whose length needs no cropping."""
+    """The scripts' TemporalUNet, x [B, L, channels]; odd lengths are cropped after each lengthening, as there."""
 
     def __init__(self, channels: int, action_dim: int, width: int, multipliers: tuple[int, ...]):
         super().__init__()
@@ -92,7 +92,7 @@ class UNet(nn.Module):
             x = block(x, embedding)
         for block1, block2, lengthen in self.up:
             x = torch.cat([x, skips.pop()], dim=1)
-            x = lengthen(block2(block1(x, embedding), embedding))
+            x = lengthen(block2(block1(x, embedding), embedding))[:, :, : skips[-1].shape[2]]
         return self.head(F.mish(self.head_norm(self.head_conv(x)))).transpose(1, 2)
 
 

@@ -90,7 +90,7 @@ def measure(point: dict) -> dict:
     values = {**asdict(script.Args()), **script.LAPTOP, "horizon": horizon, "model_horizon": horizon, **changes}
     with tempfile.TemporaryDirectory(dir=".") as folder:
         args = script.Args(**{**values, "env_id": "random", "run_dir": Path(folder), "stage_dir": Path(folder) / "s"})
-        run, data = Run(args), None
+        run = Run(args)
         memory = Memory()
         data = dataset(point.get("data", 50_000))
         start = time.perf_counter()
@@ -126,13 +126,11 @@ def measure(point: dict) -> dict:
             found[name] = statistics.median(seconds)
         inverse_dynamics.eval()
         synthesizer = script.Synthesizer(args, "hopper", windows, world_model, inverse_dynamics)
-        synthesizer.args.target_return = "own"
         index = usable[torch.randint(len(usable), (1000,))]
         start = time.perf_counter()
         synthesizer(index)
         found["synthesis"] = time.perf_counter() - start
         run.open()
-        run.describe = None
         run.fingerprints = {"data": "", "world model": "", "inverse dynamics": ""}
         run.say = lambda *words: None
 

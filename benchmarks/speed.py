@@ -12,8 +12,9 @@ run runs them: only the progress bar is replaced by a clock. "plain" is the same
 (plain.py). d3rlpy comes from `make peers`; other repositories are used where PEERS_DIR holds a clone (peers_code.py),
 and left out with a word where not.
 
-    A    world model: one update, width 32 x (1, 4, 8), 8 tokens, batch 64
-    A128 the same with width 128, the paper's
+    A    world model: one update, width 32 x (1, 4, 8), 8 tokens (the length that the others can take), batch 64
+    A9   the same with the scripts' own 9 tokens, for which the others take 12, since their lengths must divide
+    A128 as A with width 128, the paper's
     B    synthesis: transitions, N = 3 of K = 5, two guidance branches, actions filled in (width 256), network of A
     B128 the same with the network of A128
     I    inverse dynamics: one update, width 1024, batch 1024
@@ -21,7 +22,7 @@ and left out with a word where not.
     E    evaluation: environment steps of ten Hopper episodes of the shipped medium policy
 
 FLOOR. What the hardware needs for the products and for the memory that cannot stay in cache, at the rates that this
-machine reaches in the same rounds (a product of 512 x 512 matrices; a copy of 256 MiB):
+machine reaches in the same rounds (a product of 512 x 512 matrices, on a GPU 8192 x 8192; a copy of 256 MiB):
 
 * Linear layer or one tap of a convolution, forward: 2 in out B floating-point operations, for each token that the tap
   meets: of 8 tokens 34 of 40 pairs (token, tap), of 4 14 of 20, of 2 4 of 10. Backward costs twice that.
@@ -51,10 +52,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 LOOPS = {
-    "A": "world model, width 32: updates/s",
-    "A128": "world model, width 128: updates/s",
-    "B": "synthesis, width 32: transitions/s",
-    "B128": "synthesis, width 128: transitions/s",
+    "A": "world model, width 32, 8 tokens: updates/s",
+    "A9": "world model, width 32, 9 tokens: updates/s",
+    "A128": "world model, width 128, 8 tokens: updates/s",
+    "B": "synthesis, width 32, 8 tokens: transitions/s",
+    "B128": "synthesis, width 128, 8 tokens: transitions/s",
     "I": "inverse dynamics: updates/s",
     "C": "TD3+BC: updates/s",
     "D": "IQL: updates/s",
@@ -62,6 +64,7 @@ LOOPS = {
 }
 PEERS = {  # what peers_code.py knows to run, by loop
     "A": ("decision-diffuser", "diffuser"),
+    "A9": ("decision-diffuser", "diffuser"),
     "A128": ("decision-diffuser", "diffuser"),
     "B": ("decision-diffuser",),
     "B128": ("decision-diffuser",),
@@ -75,8 +78,9 @@ FOREVER = 10**9
 
 
 def metered(items, units=lambda item: 1, warm: int = 2):
-    """Yield items; between two of them, obey standard input: work for so many seconds, print the rate. Ends with it.
+    """Yield items; between two of them, obey standard input: work for so many seconds, print the rate.
 
+    Never returns: the process ends when standard input does. `units(item)` is asked after the item's work.
     What a contender prints itself goes elsewhere: sys.stdout is not sys.__stdout__ in a worker.
     """
     import torch
@@ -162,6 +166,7 @@ def ours(loop: str, name: str, options) -> None:
     if loop == "D":
         script = dawm_iql
     unet = dict(UNET, unet_width=128 if "128" in loop else 32)
+    unet |= {"model_horizon": 7, "horizon": 7} if loop == "A9" else {}
     unet |= {"compile": True} if name == "ours, --compile" else {}
     unet |= {"synthetic_fraction": 0.0} if loop in "CD" else {}
     with tempfile.TemporaryDirectory() as folder:
@@ -245,9 +250,10 @@ def plain(loop: str, options) -> None:
     denoiser = UNet(12, 3, 128 if "128" in loop else 32, (1, 4, 8)).to(device)
     alpha_bar = script.cosine_alpha_bar(5)
     if loop.startswith("A"):
-        index = np.arange(len(data.obs) - 8)[:, None] + np.arange(8)
+        tokens = 12 if loop == "A9" else 8
+        index = np.arange(len(data.obs) - tokens)[:, None] + np.arange(tokens)
         windows = np.concatenate([data.obs, data.reward[:, None]], axis=1)[index]
-        trainer = WorldModelTrainer(denoiser, windows, data.action[:-8], data.reward[:-8], alpha_bar)
+        trainer = WorldModelTrainer(denoiser, windows, data.action[:-tokens], data.reward[:-tokens], alpha_bar)
         for _ in metered(range(FOREVER)):
             trainer.update()
     steps = script.strided_steps(5, 3)
@@ -267,8 +273,9 @@ def rate(name: str, device: str) -> None:
     import torch
 
     if name == "products":
-        a, b, out = (torch.randn(512, 512, device=device) for _ in range(3))
-        for _ in metered(range(FOREVER), lambda _: 20 * 2 * 512**3):
+        size = 512 if device == "cpu" else 8192  # a small product does not fill a GPU
+        a, b, out = (torch.randn(size, size, device=device) for _ in range(3))
+        for _ in metered(range(FOREVER), lambda _: 20 * 2 * size**3):
             for _ in range(20):
                 torch.mm(a, b, out=out)
     if name == "copies":
@@ -321,16 +328,16 @@ def unet_work(width: int, batch: int, tokens: int = 8, channels: int = 12, actio
         for a, b in itertools.pairwise(sizes):
             layer(a, b, 1)
     sizes = [channels, width, 4 * width, 8 * width]
+    lengths = [tokens, -(-tokens // 2), -(-tokens // 4)]
     for i, (a, b) in enumerate(itertools.pairwise(sizes)):
-        block(a, b, tokens >> i), block(b, b, tokens >> i)
+        block(a, b, lengths[i]), block(b, b, lengths[i])
         if i < 2:
-            half = tokens >> (i + 1)
-            layer(b, b, 3 * half - 1, taps=3)
-    block(sizes[-1], sizes[-1], tokens >> 2), block(sizes[-1], sizes[-1], tokens >> 2)
+            layer(b, b, 3 * lengths[i + 1] - 1, taps=3)
+    block(sizes[-1], sizes[-1], lengths[2]), block(sizes[-1], sizes[-1], lengths[2])
     for i in (2, 1):
         a, b = sizes[i], sizes[i + 1]
-        block(2 * b, a, tokens >> i), block(a, a, tokens >> i)
-        layer(a, a, 4 * (tokens >> i) - 2, taps=4)
+        block(2 * b, a, lengths[i]), block(a, a, lengths[i])
+        layer(a, a, 4 * lengths[i] - 2, taps=4)
     conv(width, width, tokens), norm(width), layer(width, channels, tokens)
     return operations, parameters
 
@@ -344,7 +351,7 @@ def floor_work(loop: str) -> tuple[float, float]:
     """Floating-point operations and bytes of one unit of a loop, as counted in the docstring."""
     if loop[0] in "AB":
         batch = 64 if loop[0] == "A" else 256
-        forward, parameters = unet_work(128 if "128" in loop else 32, batch)
+        forward, parameters = unet_work(128 if "128" in loop else 32, batch, 9 if loop == "A9" else 8)
         if loop[0] == "A":
             return 3 * forward, (28 + 1.2) * parameters
         actions, _ = mlp_work(33, 256, 3, 6 * batch)
@@ -376,13 +383,19 @@ class Worker:
         python = options.peers_python if name in OTHER_PACKAGES else Path(sys.executable)
         self.loop, self.name, self.why = loop, name, f"{python} is not there: make peers"
         self.process, self.rates = None, []
-        if not python.exists():
-            return
+        if name == "d3rlpy" and options.device == "cuda":
+            self.why = "it is built for the CPU here"
+        elif python.exists():
+            self.begin(python, peer, options)
+
+    def begin(self, python: Path, peer: bool, options) -> None:
         script = "peers_code.py" if peer else "speed.py"
-        command = [str(python), str(ROOT / "benchmarks" / script), "--worker", loop, name]
+        command = [str(python), str(ROOT / "benchmarks" / script), "--worker", self.loop, self.name]
         command += ["--threads", str(options.threads), "--device", options.device]
         command += ["--data-path", str(options.data_path)] if options.data_path and not peer else []
         environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+        if options.device == "cpu":
+            environment["CUDA_VISIBLE_DEVICES"] = ""  # two of the repositories take a GPU where they see one
         self.said = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True, env=environment
@@ -391,15 +404,21 @@ class Worker:
     def wait(self) -> None:
         """Until it is warm, or has ended."""
         if self.process and self.process.stdout.readline().strip() != "ready":
-            self.process.wait()
-            self.said.seek(0)
-            self.why = (self.said.read().strip().splitlines() or ["ended without a word"])[-1]
-            self.process = None
+            self.why, self.process = self.last_words(), None
+
+    def last_words(self) -> str:
+        self.process.kill()
+        self.process.wait()
+        self.said.seek(0)
+        return (self.said.read().strip().splitlines() or ["ended without a word"])[-1]
 
     def turn(self, seconds: float) -> None:
         self.process.stdin.write(f"{seconds}\n")
         self.process.stdin.flush()
-        self.rates.append(float(self.process.stdout.readline()))
+        answer = self.process.stdout.readline()
+        if not answer:
+            sys.exit(f"error: {self.name}, loop {self.loop}, ended: {self.last_words()}")
+        self.rates.append(float(answer))
 
     def end(self) -> None:
         self.process.stdin.close()
@@ -485,12 +504,12 @@ def draw(result: dict, path: Path, title: str) -> None:
     figure.savefig(path, dpi=100)
 
 
-def whole(options) -> None:
+def whole() -> None:
     """F: one laptop run without anything kept, and where its time went."""
     with tempfile.TemporaryDirectory(dir=".") as folder:
         command = [sys.executable, str(ROOT / "dawm_td3bc.py"), "--env-id", "local/hopper/medium-v0", "--laptop"]
         command += ["--run-dir", folder, "--stage-dir", f"{folder}/stages"]
-        subprocess.run(command, check=True)
+        sys.exit(subprocess.run(command).returncode)
 
 
 def main() -> None:
@@ -507,9 +526,10 @@ def main() -> None:
     parser.add_argument("--whole", action="store_true", help="F alone")
     parser.add_argument("--worker", nargs=2, metavar=("LOOP", "NAME"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.rounds < 1 or options.seconds <= 0 or options.threads < 1:
+        parser.error("--rounds and --threads must be 1 or more, --seconds above 0")
     if options.whole:
-        whole(options)
-        return
+        whole()
     import torch
 
     if options.device == "cuda" and not torch.cuda.is_available():

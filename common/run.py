@@ -275,6 +275,8 @@ class Run:
         if args.threads:
             torch.set_num_threads(args.threads)
         self.wandb = _import_wandb() if args.track else None
+        if getattr(args, "compile", False) and shutil.which(os.environ.get("CXX", "g++")) is None:
+            raise UserError("--compile needs a C++ compiler: install g++, name another in CXX, or run without it")
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         self.folder = Path(args.run_dir) / f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{stamp}"
         try:
@@ -622,20 +624,23 @@ class Stage:
             return False
         if self.done == self.saved:
             return True
-        self.last, state = time.monotonic(), [_state(thing) for thing in self.saves]
-        if not all_finite(state):
-            raise UserError(self.run.not_finite(f"a value of stage {self.name}", "NaN or infinite", self.done))
-        content = {
-            "done": self.done, "units": self.bar.n,
-            "seconds": self._seconds(), "records": self.run.records[self.first_record :], "state": state,
-            "random": _random_streams(),
-        }  # fmt: skip
+        self.last, Signals.saving = time.monotonic(), True
         try:
+            state = [_state(thing) for thing in self.saves]
+            if not all_finite(state):
+                raise UserError(self.run.not_finite(f"a value of stage {self.name}", "NaN or infinite", self.done))
+            content = {
+                "done": self.done, "units": self.bar.n,
+                "seconds": self._seconds(), "records": self.run.records[self.first_record :], "state": state,
+                "random": _random_streams(),
+            }  # fmt: skip
             path = save_checkpoint(self.folder, self.done, content)
         except (OSError, RuntimeError) as error:  # torch tells a full disk as a RuntimeError
             where = self.folder / f"{self.done:012d}.pt"
             self.run.say("warning", f"{disk_trouble(where, error)}; the run goes on without this checkpoint")
             return False
+        finally:
+            Signals.saving = False
         self.run.last_checkpoint, self.saved = path, self.done
         return True
 

@@ -147,13 +147,15 @@ class Kept:
         self.run.reused(self.name, f"reused {self.folder}, {age} old, {seconds:.1f} s to make")
         return {name: placed(tensor, self.run.device) for name, tensor in load_file(path).items()}
 
-    def keep(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Write the result, whole or not at all, and let others have it. A full disk is told, the run goes on.
+    def keep(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Write the result, whole or not at all, and let others have it -> the tensors as others find them.
+
+        A full disk is told, and the run goes on with what was given.
 
         UserError for NaN or infinity: nothing is kept then.
         """
         for what, tensor in tensors.items():
-            if tensor.is_floating_point() and not all(bool(end.isfinite()) for end in tensor.aminmax()):
+            if not _finite(tensor):
                 raise UserError(self.run.not_finite(f"{what} of stage {self.name}", "NaN or infinite", len(tensor)))
         try:
             self._write(tensors)
@@ -166,7 +168,10 @@ class Kept:
             self.run.say(self.name, f"could not be kept in {self.folder} ({error}); the run goes on without")
         else:
             shutil.rmtree(self.run.checkpoint_folders[self.name], ignore_errors=True)
+            found = load_file(self.folder / "tensors.safetensors")  # so that a set's rows do not stay on disk twice
+            tensors = {name: placed(tensor, self.run.device) for name, tensor in found.items()}
         self.lock.release()
+        return tensors
 
     def _write(self, tensors: dict[str, torch.Tensor]) -> None:
         folder = self.folder.with_name(f".unfinished-{self.folder.name}")
@@ -204,17 +209,23 @@ class RowFile:
     behind them.
     """
 
-    def __init__(self, folder: Path, width: int):
-        self.path, self.width, self.size, self.digest = folder / "rows.f32", width, 0, hashlib.sha256()
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, run, stage: str, width: int):
+        self.run, self.stage, self.width, self.size = run, stage, width, 0
+        self.path, self.digest = run.checkpoint_folders[stage] / "rows.f32", hashlib.sha256()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.touch()
-        self.file = open(self.path, "r+b", buffering=0)
+        self.file = open(self.path, "r+b")
 
     def append(self, rows: torch.Tensor) -> None:
+        """UserError for NaN or infinity."""
+        if not _finite(rows):
+            done = self.size // (4 * self.width)
+            raise UserError(self.run.not_finite(f"a row of stage {self.stage}", "NaN or infinite", done))
         content = rows.cpu().contiguous().numpy().tobytes()
         try:
             self.file.seek(self.size)
             self.file.write(content)
+            self.file.flush()  # a full disk is told here
         except OSError as error:
             error.filename = str(self.path)
             raise
@@ -238,13 +249,20 @@ class RowFile:
     def tensor(self, device: torch.device) -> torch.Tensor:
         """All rows (see `placed`)."""
         self.file.truncate(self.size)  # an interrupted run may have got further
+        self.file.close()
         flat = torch.from_file(str(self.path), size=self.size // 4)
         return placed(flat.view(-1, self.width), device)
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    return not (tensor.is_floating_point() and tensor.numel()) or all(bool(end.isfinite()) for end in tensor.aminmax())
 
 
 def placed(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor that a file holds, on a GPU if half of its free memory takes it; else it stays mapped from the file, so
     that it may be larger than any memory."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch holds of the world model's training counts as free
     fits = device.type == "cuda" and tensor.nbytes < torch.cuda.mem_get_info(device)[0] / 2
     return tensor.to(device) if fits else tensor
 

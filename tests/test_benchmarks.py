@@ -95,8 +95,8 @@ def test_rewards_along_a_plan_stop_at_its_first_fallen_state(monkeypatch):
 def test_forms_prints_a_row_for_each(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["forms.py", "--rounds", "1"])
     load("benchmarks/forms.py").main()
-    rows = [line for line in capsys.readouterr().out.splitlines()[2:]]
-    assert len(rows) == 5 * (4 + 3 + 2) + 4 + 2 + 2 and all(
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert len(rows) == 5 * (4 + 2 + 2) + 1 + 4 + 2 + 2 and all(
         float(row.split("|")[3].replace(",", "")) > 0 for row in rows
     )
 

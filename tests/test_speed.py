@@ -69,15 +69,19 @@ def test_mish_is_mish():
     close(gradients(mish(x), [x]), gradients(F.mish(x), [x]))
     x = torch.linspace(-60, 60, 4001, requires_grad=True)
     close(gradients(mish(x), [x]), gradients(F.mish(x), [x]), 1e-6)
+    with pytest.raises(RuntimeError, match="does not require grad"):  # rather than a wrong second derivative
+        slope = torch.autograd.grad(mish(x).sum(), x, create_graph=True)[0]
+        torch.autograd.grad(slope.sum(), x)
     assert torch.autograd.gradcheck(mish, torch.linspace(-5, 5, 7, dtype=torch.float64, requires_grad=True))
 
 
+@pytest.mark.parametrize("length", [7, 8, 9])
 @pytest.mark.parametrize("multipliers", [(1,), (1, 2), (1, 4, 8)])
-def test_the_unet_is_the_usual_one(multipliers):
+def test_the_unet_is_the_usual_one(multipliers, length):
     """Output and every gradient, with the usual form's parameters taken over."""
     fast = TemporalUNet(5, 2, 16, multipliers).double()
     usual = plain.unet_like(fast, 5, 2, 16, multipliers)
-    x = torch.randn(4, 8, 5, dtype=torch.float64)
+    x = torch.randn(4, length, 5, dtype=torch.float64)
     inputs = torch.tensor([1.0, 2.0, 3.0, 5.0]).double(), torch.randn(4, 2).double(), torch.rand(4, 1).double()
     keep = torch.tensor([[1.0], [0.0], [1.0], [1.0]]).double()
     close([fast(x, *inputs, keep)], [usual(x, *inputs, keep)])

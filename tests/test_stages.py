@@ -1,5 +1,6 @@
 """common/stages.py: what a stage's key hashes, and that a kept result is whole, its own, and made once."""
 
+import errno
 import importlib.util
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -267,7 +269,7 @@ def test_other_data_or_another_argument_makes_a_new_folder(new_run, other):
 
 def test_another_kind_of_device_makes_a_new_folder(new_run):
     one, elsewhere = find_or_make(new_run()), new_run()
-    elsewhere.device = torch.device("cuda")
+    elsewhere.device = torch.device("mps")
     assert find_or_make(elsewhere).folder != one.folder
 
 
@@ -518,9 +520,22 @@ def test_of_two_processes_one_makes_the_result_and_the_other_waits_for_it(start,
 # ---- Rows that grow on disk
 
 
+def row_file(folder: Path, width: int) -> RowFile:
+    return RowFile(
+        SimpleNamespace(checkpoint_folders={"rows": folder}, not_finite=lambda *what: "not finite"), "rows", width
+    )
+
+
+def test_rows_that_are_not_finite_are_not_stored(tmp_path):
+    rows = row_file(tmp_path, 2)
+    with pytest.raises(UserError, match="not finite"):
+        rows.append(torch.tensor([[1.0, float("nan")]]))
+    assert rows.size == 0
+
+
 def test_rows_on_disk_are_the_rows(tmp_path):
     made = [torch.randn(n, 3) for n in (4, 1, 7)]
-    rows = RowFile(tmp_path / "stage", 3)
+    rows = row_file(tmp_path / "stage", 3)
     for part in made:
         rows.append(part)
     assert torch.equal(rows.tensor(torch.device("cpu")), torch.cat(made))
@@ -528,11 +543,11 @@ def test_rows_on_disk_are_the_rows(tmp_path):
 
 def test_rows_go_on_behind_the_checkpoint(tmp_path):
     """What was written after the checkpoint is written again; what is there is checked against its sha256."""
-    rows = RowFile(tmp_path, 2)
+    rows = row_file(tmp_path, 2)
     rows.append(torch.ones(3, 2))
     state = rows.state_dict()
     rows.append(torch.full((5, 2), 7.0))
-    again = RowFile(tmp_path, 2)
+    again = row_file(tmp_path, 2)
     again.load_state_dict(state)
     again.append(torch.zeros(1, 2))
     assert torch.equal(again.tensor(torch.device("cpu")), torch.cat([torch.ones(3, 2), torch.zeros(1, 2)]))
@@ -540,7 +555,15 @@ def test_rows_go_on_behind_the_checkpoint(tmp_path):
     for damaged in (content[:-12], bytes([content[0] ^ 1]) + content[1:]):
         (tmp_path / "rows.f32").write_bytes(damaged)
         with pytest.raises(UserError, match=r"rows.f32 is damaged; delete .* to begin the stage again"):
-            RowFile(tmp_path, 2).load_state_dict(state)
+            row_file(tmp_path, 2).load_state_dict(state)
+
+
+def test_rows_on_a_full_disk_name_their_file(tmp_path):
+    rows = row_file(tmp_path, 2)
+    rows.file = open("/dev/full", "wb")
+    with pytest.raises(OSError) as error:
+        rows.append(torch.ones(3, 2))
+    assert error.value.errno == errno.ENOSPC and error.value.filename == str(tmp_path / "rows.f32")
 
 
 def test_a_set_on_disk_takes_no_memory(tmp_path):
@@ -549,6 +572,7 @@ def test_a_set_on_disk_takes_no_memory(tmp_path):
 import sys
 import torch
 from pathlib import Path
+from types import SimpleNamespace
 from common.stages import RowFile
 from safetensors.torch import load_file, save_file
 
@@ -556,7 +580,8 @@ def own():
     line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
     return int(line.split()[1]) / 1024
 
-rows, before, part = RowFile(Path({str(tmp_path)!r}), 10), own(), torch.ones(100_000, 10)
+run = SimpleNamespace(checkpoint_folders={{"rows": Path({str(tmp_path)!r})}})
+rows, before, part = RowFile(run, "rows", 10), own(), torch.ones(100_000, 10)
 most = 0
 for _ in range(100):
     rows.append(part)
