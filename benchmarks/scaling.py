@@ -192,7 +192,7 @@ def main() -> None:
             rows = np.log([max(row[name], 1e-9) for row in found.values()])
             exponents[f"{axis} {name}"] = float(np.polyfit(values, rows, 1)[0]) if len(values) > 1 else None
     options.out.with_suffix(".json").write_text(json.dumps({"points": result, "exponents": exponents}, indent=1) + "\n")
-    figure, panels = plt.subplots(2, len(axes), figsize=(4 * len(axes), 6), layout="constrained", squeeze=False)
+    figure, panels = plt.subplots(2, len(axes), figsize=(4 * len(axes), 8), layout="constrained", squeeze=False)
     for column, (axis, found) in enumerate(result.items()):
         for name, label in QUANTITIES.items():
             panel = panels[int(name == "memory")][column]
@@ -202,7 +202,7 @@ def main() -> None:
         for panel in panels[:, column]:
             panel.set_xlabel(axis)
             panel.grid(alpha=0.3, which="both")
-            panel.legend(fontsize=7)
+            panel.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     figure.suptitle("time (above) and memory (below) against one size at a time; numbers: fitted exponent", fontsize=10)
     figure.savefig(options.out.with_suffix(".png"), dpi=100)
     print(f"| {' | '.join(['varied', 'value', 'transitions', *QUANTITIES.values()])} |")
