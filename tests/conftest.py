@@ -29,5 +29,6 @@ def folders(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """No test depends on another's random numbers, or on luck."""
+    """No test depends on another's random numbers or threads, or on luck."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)
