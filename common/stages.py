@@ -150,9 +150,7 @@ class Kept:
     def keep(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Write the result, whole or not at all, and let others have it -> the tensors as others find them.
 
-        A full disk is told, and the run goes on with what was given.
-
-        UserError for NaN or infinity: nothing is kept then.
+        A full disk is told, and the run goes on with what was given. UserError for NaN or infinity: nothing is kept.
         """
         for what, tensor in tensors.items():
             if not _finite(tensor):
