@@ -1,11 +1,13 @@
-"""The simulator and the score: D4RL's physics on today's MuJoCo, many episodes at a time."""
+"""The simulator and the score: D4RL's physics on today's MuJoCo, many episodes or many single steps at a time."""
 
+import os
 import warnings
 from contextlib import contextmanager
 
 import gymnasium as gym
 import mujoco
 import numpy as np
+from mujoco import rollout
 
 from common import UserError
 
@@ -110,6 +112,64 @@ class Evaluator:
             if len(self.running) == 0:
                 break
         return returns
+
+
+class Stepper:
+    """What the simulator does from any state: next obs, reward and fall of single transitions, independent of each
+    other, many at a time. Equal to the bit to `env.set_state` and `env.step`.
+
+    UserError if obs does not tell the simulator's state: known for Hopper, Walker2d and HalfCheetah, -v4 and -v5.
+    """
+
+    def __init__(self, simulator: str, physics: str, kwargs: dict | None = None, threads: int | None = None):
+        robot, _, version = simulator.rpartition("-v")
+        if robot.lower() not in REFERENCE_RETURNS or version not in ("4", "5"):
+            raise UserError(
+                f"{simulator} has no state that can be set from an observation; known: Hopper, Walker2d, HalfCheetah"
+            )
+        self.env = make_env(simulator, physics, **(kwargs or {})).unwrapped
+        self.obs_dim = self.env.model.nq - 1 + self.env.model.nv  # all but the place along the track
+        if self.env.observation_space.shape != (self.obs_dim,):
+            raise UserError(
+                f"{simulator} with {kwargs} observes {self.env.observation_space.shape}, not the {self.obs_dim} "
+                "positions and velocities that a state is set from"
+            )
+        self.threads = threads or os.cpu_count() or 1
+        self.data = [mujoco.MjData(self.env.model) for _ in range(self.threads)]
+        self.clips = robot != "HalfCheetah"  # velocities shown are clipped to [-10, 10]
+
+    def checkable(self, obs: np.ndarray) -> np.ndarray:
+        """Whether obs [N, obs_dim] tells the state: false where a velocity is at the clip -> bool [N]."""
+        velocity = np.abs(obs[:, self.env.model.nq - 1 :]).max(1)
+        return velocity < 10 if self.clips else np.ones(len(obs), bool)
+
+    def __call__(self, obs: np.ndarray, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """obs [N, obs_dim], action [N, action_dim] -> next_obs [N, obs_dim], reward [N], terminated [N] bool, float64.
+
+        NaN where the simulator gives up on a state.
+        """
+        env, model = self.env, self.env.model
+        state = np.zeros((len(obs), mujoco.mj_stateSize(model, mujoco.mjtState.mjSTATE_FULLPHYSICS)))
+        state[:, 2 : 2 + self.obs_dim] = obs  # behind time and place
+        action = np.asarray(action, np.float64)
+        control = np.repeat(action[:, None], env.frame_skip, axis=1)
+        with _quiet(), rollout.Rollout(nthread=self.threads) as steps:
+            ends = steps.rollout(model, self.data, state, control)[0][:, -1]
+        # MuJoCo starts anew, at time 0, from a state that it cannot go on from.
+        ends = np.where(np.isclose(ends[:, :1], env.dt), ends, np.nan)
+        position, velocity = ends[:, 1 : 1 + model.nq], ends[:, 1 + model.nq : 1 + model.nq + model.nv]
+        healthy, reward = np.ones(len(obs), bool), env._forward_reward_weight * (position[:, 0] / env.dt)
+        if hasattr(env, "is_healthy"):
+            for value, (low, high) in ((1, env._healthy_z_range), (2, env._healthy_angle_range)):
+                healthy &= (low < position[:, value]) & (position[:, value] < high)
+            if hasattr(env, "_healthy_state_range"):
+                low, high = env._healthy_state_range
+                healthy &= ((low < ends[:, 3 : 1 + model.nq + model.nv]) & (ends[:, 3:] < high)).all(1)
+            anyway = env.spec.id.endswith("-v4") and env._terminate_when_unhealthy
+            reward = reward + env._healthy_reward * (healthy | anyway)
+        reward = reward - env._ctrl_cost_weight * np.square(action).sum(1)
+        next_obs = np.concatenate([position[:, 1:], velocity.clip(-10, 10) if self.clips else velocity], axis=1)
+        return next_obs, reward, ~healthy & getattr(env, "_terminate_when_unhealthy", False)
 
 
 def normalized_score(robot: str, mean_return: float) -> float | None:

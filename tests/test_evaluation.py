@@ -1,10 +1,11 @@
 """common/evaluation.py: D4RL's masses, episodes side by side equal to one at a time, the score."""
 
+import mujoco
 import numpy as np
 import pytest
 
 from common import UserError
-from common.evaluation import Evaluator, make_env, normalized_score, score_report
+from common.evaluation import Evaluator, Stepper, make_env, normalized_score, score_report
 
 # Body masses in kg: today's MuJoCo computes capsules exactly; until 2.1.0 a capsule of radius r and half-length h
 # weighed as a cylinder of length 2 h + r, 1000 pi r^2 (2 h + r). HalfCheetah's are scaled to 14 in total.
@@ -68,6 +69,37 @@ def test_side_by_side_equals_one_environment_stepped(simulator, physics):
     evaluator = Evaluator(simulator, physics, episodes)
     np.testing.assert_array_equal(evaluator(policy, seed), plain)
     np.testing.assert_array_equal(evaluator(policy, seed), plain)  # and again: no state is left over
+
+
+@pytest.mark.parametrize("robot", ["Hopper", "Walker2d", "HalfCheetah"])
+@pytest.mark.parametrize("version, physics", [("v4", "d4rl"), ("v5", "stock")])
+def test_single_steps_equal_the_environment(robot, version, physics):
+    """Next obs, reward and fall to the bit, over random play with falls, and whichever state came before."""
+    env, rows, rng = make_env(f"{robot}-{version}", physics).unwrapped, [], np.random.default_rng(0)
+    obs, _ = env.reset(seed=0)
+    for _ in range(150):
+        action = rng.uniform(-1, 1, env.action_space.shape)
+        mujoco.mj_resetData(env.model, env.data)
+        env.set_state(np.concatenate([[0], obs[: env.model.nq - 1]]), obs[env.model.nq - 1 :])
+        next_obs, reward, terminated, _, _ = env.step(action)
+        rows.append((obs, action, next_obs, reward, terminated))
+        obs = env.reset()[0] if terminated else next_obs
+    obs, action, *outcome = map(np.array, zip(*rows, strict=True))
+    stepper = Stepper(f"{robot}-{version}", physics, threads=2)
+    for expected, made in zip(outcome, stepper(obs, action), strict=True):
+        np.testing.assert_array_equal(made, expected)
+    assert outcome[2].any() == (robot != "HalfCheetah")
+    clipped = (np.abs(obs[:, env.model.nq - 1 :]) == 10).any(1)
+    np.testing.assert_array_equal(stepper.checkable(obs), ~clipped if robot != "HalfCheetah" else True)
+
+
+def test_single_steps_only_where_a_state_can_be_set():
+    with pytest.raises(UserError, match="InvertedPendulum-v5 has no state that can be set from an observation"):
+        Stepper("InvertedPendulum-v5", "stock")
+    with pytest.raises(UserError, match=r"observes \(12,\), not the 11 positions"):
+        Stepper("Hopper-v4", "d4rl", {"exclude_current_positions_from_observation": False})
+    next_obs, reward, _ = Stepper("Hopper-v4", "d4rl")(np.full((1, 11), 1e9), np.zeros((1, 3)))
+    assert np.isnan(next_obs).all() and np.isnan(reward).all()
 
 
 @pytest.mark.parametrize(
