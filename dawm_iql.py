@@ -145,6 +145,8 @@ class Args:
     """after the last hidden layer; [unspecified], SSORL's code"""
     idm_holdout: float = 0.1
     """share of episodes that choose the best weights; [unspecified], SSORL's code"""
+    idm_context: Literal[0, 1] = 1
+    """states that it sees before the transition's own two [DAWM Sec. 4]"""
 
     # ---- Synthesis
     synthesis: Literal["dataset", "online"] = "dataset"
@@ -163,6 +165,8 @@ class Args:
     """return-to-go asked for, in return scales; default from TASKS [unspecified]; own: each pair's real one"""
     conditioning_subsample: int = 1
     """use one of so many real pairs, drawn at random; 8 is DAWM-T [DAWM Tab. 5]"""
+    completion: Literal["mean", "sample"] = "mean"
+    """actions at the mean of the inverse dynamics' Gaussian [SSORL code], or drawn from it; [unspecified] in DAWM"""
     termination: Literal["rule", "none"] = "rule"
     """end a rollout by the simulator's rule on its states or the model's own sign; none as printed [deviation]"""
     synthetic_fraction: float = 1.0
@@ -780,17 +784,19 @@ def measure_world_model(args: Args, world_model: WorldModel, windows: Windows, r
 class InverseDynamics(nn.Module):
     """Tanh-squashed diagonal Gaussian over the action between two states, with one state of context [DAWM Eq. 3].
 
-    Input: obs triples (previous, current, next) [..., 3 * obs_dim], dataset units. [unspecified] tanh: SSORL's code.
+    Input: obs triples (previous, current, next) [..., 3 * obs_dim], dataset units; without context the first of them
+    is not looked at. [unspecified] tanh: SSORL's code.
     """
 
     def __init__(self, args: Args, obs: torch.Tensor, action_dim: int):
         super().__init__()
-        width, obs_dim = args.idm_width, obs.shape[1]
-        self.register_buffer("obs_mean", obs.mean(0).repeat(3))
-        self.register_buffer("obs_std", obs.std(0).repeat(3) + 1e-6)
+        width, states = args.idm_width, 2 + args.idm_context
+        self.in_dim = states * obs.shape[1]
+        self.register_buffer("obs_mean", obs.mean(0).repeat(states))
+        self.register_buffer("obs_std", obs.std(0).repeat(states) + 1e-6)
 
         def network():  # two hidden layers, mean and spread apart [DAWM App.]
-            layers = [nn.Linear(3 * obs_dim, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
+            layers = [nn.Linear(self.in_dim, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
             layers += [nn.Dropout(args.idm_dropout), nn.Linear(width, action_dim)]
             for layer in layers:
                 if isinstance(layer, nn.Linear):
@@ -800,15 +806,26 @@ class InverseDynamics(nn.Module):
 
         self.mean, self.log_std = network(), network()
 
+    def normalize(self, triples: torch.Tensor) -> torch.Tensor:
+        return (triples[..., -self.in_dim :] - self.obs_mean) / self.obs_std
+
+    def gaussian(self, triples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log of the standard deviation, before the tanh, both [..., action_dim]."""
+        states = self.normalize(triples)
+        return self.mean(states), -1.5 + 3.5 * torch.tanh(self.log_std(states))  # log_std in [-5, 2] [SSORL code]
+
     def forward(self, triples: torch.Tensor) -> torch.Tensor:
-        """The action at the Gaussian's mean, in (-1, 1): what synthesis uses [SSORL code]."""
-        return torch.tanh(self.mean((triples - self.obs_mean) / self.obs_std))
+        """The action at the Gaussian's mean, in (-1, 1)."""
+        return torch.tanh(self.mean(self.normalize(triples)))
+
+    def sample(self, triples: torch.Tensor) -> torch.Tensor:
+        """An action drawn from the Gaussian, in (-1, 1)."""
+        mean, log_std = self.gaussian(triples)
+        return torch.tanh(mean + log_std.exp() * torch.randn_like(mean))
 
     def log_prob(self, triples: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         """Log-density of action [B, action_dim] -> [B]."""
-        triples = (triples - self.obs_mean) / self.obs_std
-        log_std = -1.5 + 3.5 * torch.tanh(self.log_std(triples))  # in [-5, 2] [SSORL code]
-        return tanh_normal_log_prob(action, self.mean(triples), log_std)
+        return tanh_normal_log_prob(action, *self.gaussian(triples))
 
 
 # Copied from dawm_td3bc.py
@@ -925,7 +942,8 @@ class Synthesizer:
         # Triples for steps 1..H; the context of the first is the real state [DAWM Sec. 4].
         triples = torch.cat([obs[:, :-2], obs[:, 1:-1], obs[:, 2:]], dim=-1)
         with torch.no_grad():
-            action = torch.cat([action[:, None], self.inverse_dynamics(triples)], dim=1)
+            complete = self.inverse_dynamics if args.completion == "mean" else self.inverse_dynamics.sample
+            action = torch.cat([action[:, None], complete(triples)], dim=1)
         ended_before = torch.cumsum(terminated, 1) - terminated.int() > 0
         rows = [obs[:, :-1], action, reward[..., None], obs[:, 1:], terminated[..., None]]
         return torch.cat(rows, dim=-1), ~ended_before
