@@ -30,6 +30,10 @@ jobs() {
       echo "$robot dawm_td3bc $seed dawm_td3bc.py"
       echo "$robot joint_td3bc $seed joint_td3bc.py"
       echo "$robot dwm_td3bc $seed dwm_baseline.py --agent td3bc"
+    done
+  done
+  for seed in 0 1 2; do
+    for robot in walker2d hopper; do
       echo "$robot td3bc $seed dawm_td3bc.py --synthetic-fraction 0"
     done
   done

@@ -14,7 +14,7 @@ Four judges, each step of the rollout by itself; real data goes through the firs
    change of state from that of the nearest real neighbours.
 4. The world model's spread: many rollouts from held-out real pairs, asked for their true return-to-go. Spread beside
    error, rank of the truth, and CRPS, beside an ensemble of one-step Gaussian models with as many parameters and at
-   most as many updates, stopped by held-out episodes [PETS].
+   most as many updates of as large batches, stopped by held-out episodes [PETS].
 
 Printed, and written as audit.json and audit.png to --out (by default the run's folder, or runs/audit/SET).
 
@@ -391,15 +391,15 @@ class GaussianEnsemble(nn.Module):
         return (mean + (log_var / 2).exp() * torch.randn_like(mean)) * self.out_std + self.out_mean
 
     @classmethod
-    def fit(cls, inputs, outputs, measured, width: int, updates: int, bar: tqdm) -> tuple["GaussianEnsemble", int]:
+    def fit(cls, inputs, outputs, measured, width: int, updates: int, batch: int, bar: tqdm):
         """Trained on inputs [N, in_dim], outputs [N, out_dim] outside the rows `measured`; the weights that were best
-        there, once they have not improved for a tenth of the updates -> also the number of updates made."""
+        there, once they have not improved for a tenth of the updates -> the ensemble, the number of updates made."""
         ensemble = cls(inputs, outputs, width)
         optimizer = torch.optim.Adam(ensemble.parameters(), lr=1e-3)
         train, measured = (~measured).nonzero()[:, 0], measured.nonzero()[:10_000, 0]
         best, best_at, weights = math.inf, 0, None
         for update in range(1, updates + 1):
-            index = train[torch.randint(len(train), (5, 256))]
+            index = train[torch.randint(len(train), (5, batch))]
             loss = ensemble.loss(inputs[index], outputs[index])
             optimizer.zero_grad()
             loss.backward()
@@ -475,7 +475,14 @@ def calibration(subject: Subject, pairs: int, rollouts: int, updates: int) -> di
     result = {"world model": scores(torch.cat(made).view(len(index), rollouts, steps, -1) / scale, truth)}
 
     # The ensemble: (state, action) to change of state and reward, and state to action, since a rollout needs both.
-    parameters = sum(p.numel() for p in world_model.denoiser.parameters())
+    parameters, batch = sum(p.numel() for p in world_model.denoiser.parameters()), args.world_model_batch_size
+    result["facts"] = {
+        "pairs": len(index),
+        "rollouts": rollouts,
+        "world model": {"parameters": parameters, "updates": args.world_model_steps, "batch": batch},
+    }
+    if not updates:
+        return result
     obs, action = torch.as_tensor(dataset.obs), torch.as_tensor(dataset.action)
     outcome = torch.cat([torch.as_tensor(dataset.next_obs) - obs, torch.as_tensor(dataset.reward)[:, None]], dim=1)
     learn = ~held_out
@@ -485,8 +492,8 @@ def calibration(subject: Subject, pairs: int, rollouts: int, updates: int) -> di
     with torch.enable_grad(), tqdm(total=2 * updates, desc="ensemble of one-step models", unit="update") as bar:
         started = time.monotonic()
         both = torch.cat([obs, action], dim=1)
-        model, made_updates = GaussianEnsemble.fit(both[learn], outcome[learn], measured, width, updates, bar)
-        policy, _ = GaussianEnsemble.fit(obs[learn], action[learn], measured, width, updates, bar)
+        model, made_updates = GaussianEnsemble.fit(both[learn], outcome[learn], measured, width, updates, batch, bar)
+        policy, _ = GaussianEnsemble.fit(obs[learn], action[learn], measured, width, updates, batch, bar)
         seconds = time.monotonic() - started
     first, members = windows.start[index], math.ceil(rollouts / 5)
     first_obs = windows.obs[first].repeat_interleave(members, 0).expand(5, -1, -1)
@@ -508,15 +515,11 @@ def calibration(subject: Subject, pairs: int, rollouts: int, updates: int) -> di
     drawn = torch.randint(len(obs), (len(index), rollouts, steps))  # whatever state: what knowing nothing scores
     guess = torch.cat([windows.obs[windows.start[drawn]], torch.as_tensor(dataset.reward)[drawn][..., None]], dim=3)
     result["any real state"] = scores(guess / scale, truth)
-    result["facts"] = {
-        "pairs": len(index),
-        "rollouts": rollouts,
-        "world model": {"parameters": parameters, "updates": args.world_model_steps},
-        "ensemble": {
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "updates": made_updates,
-            "seconds": round(seconds, 1),
-        },
+    result["facts"]["ensemble"] = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "updates": made_updates,
+        "batch": batch,
+        "seconds": round(seconds, 1),
     }
     return result
 
@@ -543,7 +546,7 @@ def audit(subject: Subject, options) -> dict:
         "simulator": f"{dataset.simulator}, physics {physics}",
     }
     try:
-        stepper = Stepper(dataset.simulator, physics, dataset.simulator_kwargs)
+        stepper = Stepper(dataset.simulator, physics, dataset.simulator_kwargs, options.threads)
         if stepper.obs_dim != dataset.obs.shape[1]:
             raise UserError(f"{dataset.simulator} observes {stepper.obs_dim} dimensions, the data have {len(names)}")
     except UserError as error:
@@ -552,7 +555,11 @@ def audit(subject: Subject, options) -> dict:
     steps = range(int(rows.step.max()) + 1)
     if stepper is not None:
         other = {"d4rl": "stock", "stock": "d4rl"}[physics]
-        wrong = Stepper(dataset.simulator, other, dataset.simulator_kwargs) if dataset.simulator[-3:] == "-v4" else None
+        wrong = (
+            Stepper(dataset.simulator, other, dataset.simulator_kwargs, options.threads)
+            if dataset.simulator[-3:] == "-v4"
+            else None
+        )
         per_step = max(1, options.inverse // len(steps))
         few = np.concatenate(
             [np.flatnonzero(rows.step == h)[:: max(1, (rows.step == h).sum() // per_step)] for h in steps]
@@ -654,7 +661,9 @@ def table(result: dict) -> str:
                 for what in ("crps", "error", "spread", "outside"):
                     label = f"{name}: {what}"
                     lines.append(f"{label:<34}" + "".join(f"{value:>8.3f}" for value in found[what]))
-        lines += [f"parameters and updates: world model {facts['world model']}, ensemble {facts['ensemble']}"]
+        for name in ("world model", "ensemble"):
+            if name in facts:
+                lines += [f"{name}: " + ", ".join(f"{value:,} {what}" for what, value in facts[name].items())]
     elif "calibration" in result:
         lines += [
             "",
@@ -718,6 +727,7 @@ def plot(result: dict, path: Path) -> None:
         axis = axes[1, 1]
         jerk = result["synthetic"]["jerk"]
         axis.loglog(jerk["jerk"], jerk["error"], "o-", color=blue)
+        axis.xaxis.set_minor_formatter("")
         axis.set_xlabel("change of velocity in that step, sd (contacts are at the right)")
         axis.set_ylabel("median state error, sd")
         axis.set_title("where it errs: sudden steps", fontsize=10)
@@ -744,14 +754,14 @@ def plot(result: dict, path: Path) -> None:
     if calibrated := result.get("calibration"):
         styles = {"world model": blue, "ensemble, actions cloned": orange, "ensemble, true actions": green}
         count = len(calibrated["world model"]["crps"])
+        styles = {name: color for name, color in styles.items() if name in calibrated}
         for name, color in styles.items():
             found = calibrated[name]
             axes[2, 0].plot(range(1, count + 1), found["crps"], "o-", color=color, label=name)
             axes[2, 1].plot(range(1, count + 1), found["error"], "-", color=color, label=f"{name}: error of the mean")
             axes[2, 1].plot(range(1, count + 1), found["spread"], ":", color=color, label="spread")
-        axes[2, 0].axhline(
-            np.mean(calibrated["any real state"]["crps"]), color=grey, linestyle="--", label="any real state"
-        )
+        if guess := calibrated.get("any real state"):
+            axes[2, 0].axhline(np.mean(guess["crps"]), color=grey, linestyle="--", label="any real state")
         axes[2, 0].set_ylim(bottom=0)
         axes[2, 0].set_title("CRPS of next states and rewards, sd: lower is better", fontsize=10)
         axes[2, 1].set_title("spread (dotted) should equal the error (solid)", fontsize=10)
@@ -786,17 +796,17 @@ def main() -> None:
     parser.add_argument("--neighbours", type=int, default=1_000, help="of each step, compared with real neighbours")
     parser.add_argument("--pairs", type=int, default=512, help="held-out pairs for the calibration; 0 leaves it out")
     parser.add_argument("--rollouts", type=int, default=64, help="of each pair")
-    parser.add_argument("--ensemble-updates", type=int, help="at most; default: as many as the world model had")
+    parser.add_argument("--ensemble-updates", type=int, help="at most; default: as many as the world model; 0: none")
     parser.add_argument("--physics", choices=("auto", "d4rl", "stock"), default="auto")
     parser.add_argument("--data-path", type=Path, help="the real data's file, if the run read one")
     parser.add_argument("--out", type=Path, help="folder for audit.json and audit.png")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of torch")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
     options = parser.parse_args()
     for name in ("rows", "inverse", "neighbours", "rollouts", "threads"):
         if getattr(options, name) < 2 - (name == "threads"):
             parser.error(f"--{name} {getattr(options, name)} must be {2 - (name == 'threads')} or more")
-    if options.pairs < 0 or (options.ensemble_updates is not None and options.ensemble_updates < 1):
-        parser.error("--pairs must be 0 or more, --ensemble-updates 1 or more")
+    if options.pairs < 0 or (options.ensemble_updates or 0) < 0:
+        parser.error("--pairs and --ensemble-updates must be 0 or more")
     torch.set_num_threads(options.threads)
     started = time.monotonic()
     try:
