@@ -579,6 +579,37 @@ def test_inverse_dynamics_learns_the_known_inverse_and_keeps_its_best_weights(ru
     assert run.history["idm/best_val_loss"][-1][1] == min(losses)
 
 
+def test_inverse_dynamics_without_context_sees_the_transition_alone():
+    obs = torch.randn(50, 2)
+    triples, other_past = torch.randn(4, 6), torch.randn(4, 2)
+    for context in (0, 1):
+        model = script.InverseDynamics(Args(**TINY, idm_width=8, idm_context=context), obs, 2).eval()
+        changed = model(torch.cat([other_past, triples[:, 2:]], dim=1))
+        assert torch.equal(changed, model(triples)) == (context == 0)
+
+
+def test_sampled_actions_have_the_gaussians_mean_and_spread():
+    model = script.InverseDynamics(Args(**TINY, idm_width=8), torch.randn(50, 2), 2).eval()
+    triples = torch.randn(1, 6)
+    with torch.no_grad():
+        mean, log_std = model.gaussian(triples)
+        drawn = torch.atanh(model.sample(triples.expand(20_000, -1)).double().clamp(-1 + 1e-12, 1 - 1e-12))
+        assert torch.equal(model(triples), torch.tanh(mean))
+    torch.testing.assert_close(drawn.mean(0).float(), mean[0], atol=0.02, rtol=0)
+    torch.testing.assert_close(drawn.std(0).float(), log_std[0].exp(), atol=0.01, rtol=0.03)
+
+
+@pytest.mark.parametrize("completion", ["mean", "sample"])
+def test_completion_takes_the_mean_or_a_draw(completion):
+    windows = make_windows(linear_dataset())
+    args = Args(**TINY, idm_width=8, completion=completion)
+    model = script.InverseDynamics(args, windows.obs, 2).eval()
+    rows, _ = script.Synthesizer(args, "", windows, make_world_model(windows), model)(torch.arange(5))
+    obs = torch.cat([rows[:, :, :2], rows[:, -1:, 5:7]], dim=1)
+    expected = model(torch.cat([obs[:, :-2], obs[:, 1:-1], obs[:, 2:]], dim=-1))
+    assert torch.allclose(rows[:, 1:, 2:4], expected, atol=1e-6) == (completion == "mean")
+
+
 def test_inverse_dynamics_returns_an_earlier_best(run, monkeypatch):
     """With a learning rate that destroys the network after a good start, the good weights must come back."""
     args = Args(**TINY, idm_steps=40, idm_batch_size=64, idm_width=32, idm_lr=1e-2, log_every=10)
