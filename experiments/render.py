@@ -1,0 +1,476 @@
+"""What a world model imagined beside what the simulator does, as a GIF: python experiments/render.py RUN|SYNTHETIC_SET
+
+RUN is the folder of a run that kept a synthetic set (dawm_td3bc.py, dawm_iql.py), SYNTHETIC_SET that of the set itself.
+
+Left: MuJoCo, from the rollout's first state, which is real, with the rollout's actions. The first action is real, the
+others are inferred. It never sees an imagined state, so that errors of both models add up over the steps.
+Right: the imagined states, set into the same simulator.
+Below: the root mean square over the state's dimensions of imagined minus simulated, in standard deviations of the real
+data. The bar's scale is the same for all GIFs.
+
+The outline in both pictures is the simulator's robot. No state shows the place along the track; for display it is
+integrated from the states' x-velocity (trapezoid rule), on both sides alike. The picture does not move within a
+rollout. Nothing is drawn between two states.
+
+    python experiments/render.py runs/local-hopper-medium-v0__dawm_td3bc__0__20260101-120000
+    python experiments/render.py runs/stages/synthesis-0123456789abcdef --pick worst --out worst.gif
+    python experiments/render.py RUN --rollout 17 4711 --renderer sticks     # needs no OpenGL
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from common import UserError
+from common.data import load_dataset
+from common.run import check_range, write_whole
+
+# MuJoCo reads MUJOCO_GL when it is imported, so whatever imports it (common.evaluation too) waits for choose_renderer.
+
+RANKED = 1000  # rollouts that --pick chooses from, drawn at random with a fixed seed
+BAR_END = 0.5  # standard deviations at the error bar's end
+FINE = 3  # drawn so many times larger, then reduced: smooth edges
+WIDEST = 4.0  # metres in a picture, however far away a state may be imagined
+INK, GREY, RED, BLUE, PAPER = (30, 30, 30), (120, 120, 120), (200, 30, 30), (20, 130, 255), (255, 255, 255)
+TRY_GL = "import mujoco; m = mujoco.MjModel.from_xml_string('<mujoco/>'); mujoco.Renderer(m, 8, 8).render()"
+
+
+# ---- What to show
+
+
+def choose_renderer(asked: str) -> str:
+    """The renderer, "gl" or "sticks", with MUJOCO_GL set to fit. UserError if "gl" is asked for and none works.
+
+    Each OpenGL is tried in a process of its own, since one that fails may spoil the next.
+    """
+    if asked != "sticks":
+        tried = [os.environ["MUJOCO_GL"]] if os.environ.get("MUJOCO_GL") else ["egl", "osmesa", "glfw"]
+        for name in tried:
+            environment = {**os.environ, "MUJOCO_GL": name}
+            if subprocess.run([sys.executable, "-c", TRY_GL], env=environment, capture_output=True).returncode == 0:
+                os.environ["MUJOCO_GL"] = name
+                return "gl"
+        why = (
+            f"no OpenGL renderer works (tried MUJOCO_GL={', '.join(tried)}); on Debian and Ubuntu: apt install libegl1 "
+            "libgl1-mesa-dri for egl, libosmesa6 for osmesa"
+        )
+        if asked == "gl":
+            raise UserError(f"--renderer gl: {why}; or --renderer sticks, which needs none")
+        print(f"note: {why}; drawing sticks instead")
+    os.environ["MUJOCO_GL"] = "disabled"  # a broken one, asked for or not, would stop the import of MuJoCo
+    return "sticks"
+
+
+@dataclass
+class Source:
+    """A synthetic set: rows [M, row_dim], manifest; where known, the folder and args.json of a run that used it."""
+
+    folder: Path
+    rows: np.ndarray
+    manifest: dict
+    run: Path | None
+    run_content: dict
+
+    @property
+    def args(self) -> dict:
+        return {**self.manifest["depends"]["args"], **self.run_content.get("args", {})}
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"{path} cannot be read; the run or the set is not whole")
+
+
+def read_source(path: Path) -> Source:
+    """The synthetic set of a run's folder, or of its own."""
+    run, content = None, {}
+    if (path / "args.json").exists():
+        run, content = path, read_json(path / "args.json")
+        stages = read_json(path / "stages.json")
+        if "synthesis" not in stages:
+            raise UserError(
+                f"{path} kept no synthetic set (its stages: {', '.join(stages) or 'none'}); give a run of "
+                "dawm_td3bc.py or dawm_iql.py with --synthesis dataset"
+            )
+        path = Path(content["cwd"]) / stages["synthesis"]
+        if not path.exists():
+            raise UserError(
+                f"{path}, the synthetic set of {run}, is not there any more; give its folder if it was moved"
+            )
+    if not (path / "manifest.json").exists():
+        raise UserError(f"{path} is no run folder (args.json) and no kept synthetic set (manifest.json)")
+    manifest = read_json(path / "manifest.json")
+    if run is None:  # its path may be relative to a folder that the manifest does not name
+        for parent in (Path.cwd(), *path.resolve().parents):
+            if (parent / manifest["run"] / "args.json").exists():
+                run, content = parent / manifest["run"], read_json(parent / manifest["run"] / "args.json")
+                break
+    try:
+        tensors = load_file(path / "tensors.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path / 'tensors.safetensors'} cannot be read ({error})")
+    if "transitions" not in tensors or "horizon" not in manifest["depends"]["args"]:
+        raise UserError(f"{path} is stage {manifest['stage']}, no synthetic set: it holds no transitions with actions")
+    return Source(path, tensors["transitions"].numpy(), manifest, run, content)
+
+
+def first_rows(rows: np.ndarray, obs_dim: int, horizon: int) -> np.ndarray:
+    """Numbers of the rows that begin a rollout: obs is not the next_obs before it, that was an end, or it was full."""
+    new = np.ones(len(rows), bool)
+    new[1:] = (rows[1:, :obs_dim] != rows[:-1, -1 - obs_dim : -1]).any(1) | (rows[:-1, -1] > 0)
+    chain = np.maximum.accumulate(np.where(new, np.arange(len(rows)), 0))
+    return np.flatnonzero((np.arange(len(rows)) - chain) % (horizon + 1) == 0)
+
+
+@dataclass
+class Rollout:
+    """One rollout of n transitions; index 0 of the first axis is the simulator, 1 the imagination.
+
+    obs [2, n + 1, obs_dim]; reward [2, n]; fallen [2, n + 1], true from the fall on; error [n + 1].
+    """
+
+    number: int
+    obs: np.ndarray
+    reward: np.ndarray
+    fallen: np.ndarray
+    error: np.ndarray
+    title: str = ""
+
+    @property
+    def mean_error(self) -> float:
+        return self.error[1:].mean()  # the first state is shared
+
+
+def simulate(env, rows: np.ndarray, number: int, std: np.ndarray) -> Rollout:
+    """The rows of one rollout beside what env does. The error is infinite from where the simulator gives up on it."""
+    import mujoco
+
+    nq, obs_dim, has_rule = env.model.nq, len(std), hasattr(env, "is_healthy")
+    imagined = np.concatenate([rows[:1, :obs_dim], rows[:, -1 - obs_dim : -1]]).astype(np.float64)
+    obs, reward, fallen = np.stack([imagined, imagined]), np.zeros((2, len(rows))), np.zeros((2, len(rows) + 1), bool)
+    reward[1] = rows[:, -2 - obs_dim]
+    if has_rule:
+        for i, state in enumerate(imagined):
+            env.set_state(np.append(0, state[: nq - 1]), state[nq - 1 :])
+            fallen[1, i] = not env.is_healthy
+        fallen[1, 1:] |= rows[:, -1] > 0  # the model's own sign
+    mujoco.mj_resetData(env.model, env.data)  # nothing of the state before, which the solver would start from
+    env.set_state(np.append(0, imagined[0, : nq - 1]), imagined[0, nq - 1 :])
+    for i, row in enumerate(rows):
+        obs[0, i + 1], reward[0, i], _, _, _ = env.step(row[obs_dim : -2 - obs_dim].astype(np.float64))
+        fallen[0, i + 1] = has_rule and not env.is_healthy
+        if not np.isclose(env.data.time, (i + 1) * env.dt):  # MuJoCo starts anew where it cannot go on
+            obs[0, i + 1 :] = np.inf
+            break
+    error = np.sqrt(np.square((obs[1] - obs[0]) / std).mean(1))
+    return Rollout(number, obs, reward, np.logical_or.accumulate(fallen, axis=1), error)
+
+
+def pick(options, env, source: Source, starts: np.ndarray, std: np.ndarray, checkable) -> list[Rollout]:
+    """The rollouts asked for, each with what it stands for in its title."""
+    rows, bounds = source.rows, np.append(starts, len(source.rows))
+
+    def show(number: int) -> Rollout:
+        return simulate(env, rows[bounds[number] : bounds[number + 1]], number, std)
+
+    known = checkable(rows[starts, : len(std)])
+    if options.rollout:
+        for number in options.rollout:
+            if not 0 <= number < len(starts):
+                raise UserError(f"--rollout {number}: the set has {len(starts):,} rollouts, 0 to {len(starts) - 1}")
+            if not known[number] or not np.isfinite(show(number).error).all():
+                raise UserError(f"--rollout {number}: the simulator cannot go on from its first state; take another")
+        return [show(number) for number in options.rollout]
+    numbers = np.flatnonzero(known)
+    numbers = np.sort(np.random.default_rng(0).permutation(numbers)[:RANKED])
+    ranked = [show(number) for number in tqdm(numbers, desc="simulate", unit=" rollout")]
+    ranked = sorted((found for found in ranked if np.isfinite(found.error).all()), key=lambda found: found.mean_error)
+    if not ranked:
+        raise UserError(f"{source.folder} holds no rollout that the simulator can follow")
+    errors = [ranked[i].mean_error for i in (0, len(ranked) // 2, -1)]
+    print(f"mean error of {len(ranked):,} rollouts: {errors[0]:.3f} to {errors[2]:.3f}, median {errors[1]:.3f}")
+    count = min(options.count, len(ranked))
+    first = {"best": 0, "median": (len(ranked) - count) // 2, "worst": len(ranked) - count}[options.pick]
+    chosen = ranked[first : first + count]
+    drawn = " drawn" if len(numbers) < len(starts) else ""
+    for rank, found in enumerate(chosen, first + 1):
+        found.title = f": rank {rank:,} of {len(ranked):,}{drawn}, by mean error"
+    return chosen[::-1] if options.pick == "worst" else chosen
+
+
+# ---- Drawing
+
+
+def positions(obs: np.ndarray, nq: int, dt: float) -> np.ndarray:
+    """MuJoCo's positions [n + 1, nq] of obs [n + 1, obs_dim], with x from their x-velocities, 0 at first."""
+    velocity = obs[:, nq - 1]
+    x = np.append(0, np.cumsum(dt * (velocity[1:] + velocity[:-1]) / 2))
+    return np.concatenate([x[:, None], obs[:, : nq - 1]], axis=1)
+
+
+def capsules(model, data, position: np.ndarray) -> list[tuple]:
+    """The robot's capsules in the plane of its motion: (ends [2, 2] in metres, radius, colour), MuJoCo's kinematics."""
+    import mujoco
+
+    data.qpos[:] = position
+    mujoco.mj_forward(model, data)
+    found = []
+    for geom in np.flatnonzero(model.geom_type == mujoco.mjtGeom.mjGEOM_CAPSULE):
+        radius, half_length = model.geom_size[geom, :2]
+        along = data.geom_xmat[geom].reshape(3, 3)[:, 2] * half_length
+        ends = np.stack([data.geom_xpos[geom] - along, data.geom_xpos[geom] + along])[:, [0, 2]]
+        found.append((ends, radius, tuple(int(255 * c) for c in model.geom_rgba[geom, :3])))
+    return found
+
+
+class View:
+    """A picture of `size` pixels that shows `span` metres around x = `middle`, the floor at a tenth of its height."""
+
+    def __init__(self, size: int, span: float, middle: float):
+        self.size, self.span, self.middle, self.scale = size, span, middle, size / span
+
+    def pixel(self, x: float, z: float) -> tuple[float, float]:
+        return (x - self.middle) * self.scale + self.size / 2, 0.9 * self.size - z * self.scale
+
+    def capsule(self, draw, ends: np.ndarray, radius: float, fill) -> None:
+        a, b = (np.array(self.pixel(*end)) for end in ends)
+        radius = max(radius * self.scale, 0.5)
+        across = np.array([a[1] - b[1], b[0] - a[0]])
+        across *= radius / max(np.hypot(*across), 1e-9)
+        draw.polygon([tuple(p) for p in (a + across, b + across, b - across, a - across)], fill=fill)
+        for x, z in (a, b):
+            draw.ellipse((x - radius, z - radius, x + radius, z + radius), fill=fill)
+
+
+def draw_sticks(view: View, robot: list[tuple]) -> Image.Image:
+    """The robot from its capsules, over a floor with a mark every tenth of a metre."""
+    image = Image.new("RGB", (view.size, view.size), (235, 240, 246))
+    draw = ImageDraw.Draw(image)
+    floor = view.pixel(0, 0)[1]
+    draw.rectangle((0, floor, view.size, view.size), fill=(205, 210, 205))
+    for tenth in range(math.floor(10 * (view.middle - view.span)), math.ceil(10 * (view.middle + view.span))):
+        x, length = view.pixel(tenth / 10, 0)[0], view.size * (0.05 if tenth % 5 == 0 else 0.025)
+        draw.line((x, floor, x, floor + length), fill=(120, 125, 120), width=FINE)
+    edge = view.size / 220 / view.scale
+    for ends, radius, colour in robot:
+        view.capsule(draw, ends, radius, tuple(c // 2 for c in colour))
+        view.capsule(draw, ends, radius - edge, colour)
+    return image
+
+
+def draw_outline(image: Image.Image, view: View, robot: list[tuple]) -> None:
+    """The contour of the simulator's robot, just outside of it, on a picture of either side."""
+    mask = Image.new("L", image.size)
+    draw = ImageDraw.Draw(mask)
+    for grown, fill in ((view.size / 128 / view.scale, 255), (0, 0)):
+        for ends, radius, _ in robot:
+            view.capsule(draw, ends, radius + grown, fill)
+    image.paste(BLUE, mask=mask)
+
+
+class GL:
+    """MuJoCo's own picture in the view's frame: the camera looks straight across the plane of motion."""
+
+    def __init__(self, model, size: int):
+        import mujoco
+
+        # Without shadows and multisampling eight times as fast on a CPU; reducing the picture smooths it as well.
+        model.vis.quality.shadowsize = model.vis.quality.offsamples = 0
+        model.vis.global_.offwidth = model.vis.global_.offheight = size
+        self.renderer, self.camera = mujoco.Renderer(model, size, size), mujoco.MjvCamera()
+        self.camera.azimuth, self.camera.elevation = 90, 0
+        self.half_angle = math.radians(model.vis.global_.fovy / 2)
+
+    def __call__(self, view: View, data) -> Image.Image:
+        self.camera.lookat[:] = view.middle, 0, 0.4 * view.span
+        self.camera.distance = view.span / 2 / math.tan(self.half_angle)
+        self.renderer.update_scene(data, self.camera)
+        image = Image.fromarray(self.renderer.render())
+        floor = view.pixel(0, 0)[1]  # where the plane of motion meets it, which the perspective hides
+        ImageDraw.Draw(image).line((0, floor, view.size, floor), fill=PAPER, width=2)
+        return image
+
+
+class Sheet:
+    """A frame: titles, two pictures, and what belongs to this step in words and as a bar."""
+
+    def __init__(self, size: int, caption: str, has_rule: bool):
+        self.size, self.caption, self.has_rule = size, caption, has_rule
+        self.unit = size / 256
+        self.pad = round(8 * self.unit)
+        self.top, self.width = round(40 * self.unit), 2 * size + 3 * self.pad
+        self.height = self.top + size + round(106 * self.unit)
+        fonts = Path(matplotlib.get_data_path(), "fonts", "ttf")  # figures of equal width, and there on every machine
+        self.fonts = {
+            name: ImageFont.truetype(str(fonts / file), max(6, round(points * self.unit)))
+            for name, file, points in (
+                ("title", "DejaVuSans-Bold.ttf", 15),
+                ("text", "DejaVuSans.ttf", 12),
+                ("bold", "DejaVuSans-Bold.ttf", 12),
+                ("small", "DejaVuSans.ttf", 10),
+            )
+        }
+
+    def __call__(self, pictures: list[Image.Image], rollout: Rollout, step: int, dt: float) -> Image.Image:
+        sheet = Image.new("RGB", (self.width, self.height), PAPER)
+        draw, unit, below = ImageDraw.Draw(sheet), self.unit, self.top + self.size
+
+        def text(x, y, words, font="text", fill=INK, anchor="lm"):
+            draw.text((x, y), words, fill=fill, font=self.fonts[font], anchor=anchor)
+
+        titles = (
+            ("Simulator", "what the inferred actions really do"),
+            ("World model", "what it imagined from the same start"),
+        )
+        for side, (title, meaning) in enumerate(titles):
+            left = self.pad + side * (self.size + self.pad)
+            text(left, 12 * unit, title, "title")
+            text(left, 30 * unit, meaning, "small", GREY)
+            reward = f"reward {rollout.reward[side, step - 1]:.2f}" if step else "the real start"
+            text(left, below + 14 * unit, reward)
+            if self.has_rule:
+                words, how = "not fallen", ("text", INK)
+                if rollout.fallen[side, step]:
+                    words, how = f"fallen at step {np.argmax(rollout.fallen[side])}", ("bold", RED)
+                text(left + self.size, below + 14 * unit, words, *how, "rm")
+        line = below + 42 * unit
+        text(self.pad, line, f"step {step} of {len(rollout.error) - 1}", "bold")
+        text(self.pad + 92 * unit, line, "error of the state")
+        start, end, error = self.pad + 214 * unit, self.width - self.pad - 66 * unit, rollout.error[step]
+        full = start + (end - start) * min(error / BAR_END, 1)
+        draw.rectangle((start, line - 7 * unit, end, line + 7 * unit), fill=(230, 230, 230))
+        if full - start >= 1:
+            draw.rectangle((start, line - 7 * unit, full, line + 7 * unit), fill=RED if error > BAR_END else BLUE)
+        for part in (0, 0.5, 1):
+            x = start + part * (end - start)
+            draw.line((x, line - 7 * unit, x, line + 10 * unit), fill=GREY)
+            text(x, line + 16 * unit, f"{part * BAR_END:g}", "small", GREY, "mm")
+        text(self.width - self.pad, line, f"{error:.2f} std", "bold", RED if error > BAR_END else INK, "rm")
+        text(self.pad, line + 18 * unit, f"{1000 * step * dt:.0f} ms", "small", GREY)
+        title = f"{self.caption}, rollout {rollout.number:,}{rollout.title}"
+        text(self.pad, below + 80 * unit, title, "small", GREY)
+        legend = "blue outline, in both pictures: the simulator's robot; std: standard deviations of the real data"
+        text(self.pad, below + 95 * unit, legend, "small", GREY)
+        for side, picture in enumerate(pictures):  # last: no word of a small sheet may reach into them
+            sheet.paste(picture, (self.pad + side * (self.size + self.pad), self.top))
+        return sheet
+
+
+def draw_frames(env, renderer: str, size: int, rollouts: list[Rollout], sheet: Sheet) -> list[Image.Image]:
+    """A frame for every state of every rollout. All have one scale; each rollout has one place of the camera."""
+    import mujoco
+
+    model, large = env.model, size * (FINE if renderer == "sticks" else 2)
+    data, gl = mujoco.MjData(model), GL(model, large) if renderer == "gl" else None
+    poses = [[positions(obs, model.nq, env.dt) for obs in rollout.obs] for rollout in rollouts]
+    shapes = [[[capsules(model, data, position) for position in side] for side in sides] for sides in poses]
+    boxes = []  # of each rollout: leftmost and rightmost x, highest z
+    for sides in shapes:
+        ends = np.concatenate([ends for side in sides for robot in side for ends, _, _ in robot])
+        boxes.append((ends[:, 0].min(), ends[:, 0].max(), ends[:, 1].max()))
+    span = min(max(max(right - left, high / 0.88) for left, right, high in boxes) + 0.2, WIDEST)
+    frames = []
+    bar = tqdm(total=sum(len(rollout.error) for rollout in rollouts), desc=f"draw ({renderer})", unit=" frame")
+    for rollout, both, sides, (left, right, _) in zip(rollouts, poses, shapes, boxes, strict=True):
+        view = View(large, span, (left + right) / 2)
+        for step in range(len(rollout.error)):
+            pictures = []
+            for side in (0, 1):
+                if gl:
+                    capsules(model, data, both[side][step])  # sets data
+                picture = gl(view, data) if gl else draw_sticks(view, sides[side][step])
+                draw_outline(picture, view, sides[0][step])
+                pictures.append(picture.reduce(large // size))
+            frames.append(sheet(pictures, rollout, step, env.dt))
+            bar.update()
+    bar.close()
+    return frames
+
+
+def write_gif(path: Path, frames: list[Image.Image], durations: list[int]) -> int:
+    """All frames with one palette, else the background would flicker -> bytes written."""
+    some = frames[:: max(1, len(frames) // 8)]
+    strip = Image.new("RGB", (some[0].width, some[0].height * len(some)))
+    for i, frame in enumerate(some):
+        strip.paste(frame, (0, i * frame.height))
+    palette = strip.quantize(120, dither=Image.Dither.NONE)
+    signals = [value for colour in (INK, GREY, RED, BLUE, PAPER) for value in colour]  # too few pixels to be found
+    palette.putpalette(palette.getpalette()[: 3 * 120] + signals)
+    first, *others = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
+    buffer = BytesIO()
+    first.save(buffer, "GIF", save_all=True, append_images=others, duration=durations, loop=0, optimize=False)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, lambda file: file.write(buffer.getvalue()))
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}); give another --out")
+    return len(buffer.getvalue())
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="folder of a run, or of a kept synthetic set")
+    parser.add_argument("--pick", choices=("best", "median", "worst"), default="median", help="by mean error")
+    parser.add_argument("--count", type=int, default=3, help="so many rollouts, one after another")
+    parser.add_argument("--rollout", type=int, nargs="+", help="these, by number from 0, instead of --pick and --count")
+    parser.add_argument("--out", type=Path, help="default: imagined.gif in the run's folder, else in runs/")
+    parser.add_argument("--fps", type=float, default=2.5, help="states per second; the simulator has 125 (Hopper)")
+    parser.add_argument("--size", type=int, default=256, help="pixels of each picture's side")
+    parser.add_argument("--physics", choices=("auto", "d4rl", "stock"), default="auto", help="auto: the run's")
+    parser.add_argument("--renderer", choices=("auto", "gl", "sticks"), default="auto", help="auto: gl where it works")
+    options = parser.parse_args(words)
+    check_range(options, 1, 100, "count")
+    check_range(options, 0.1, 50, "fps")
+    check_range(options, 32, 1024, "size")
+    if options.out is not None and options.out.suffix != ".gif":
+        raise UserError(f"--out {options.out} must end in .gif")
+    source = read_source(options.source)
+    args, renderer = source.args, choose_renderer(options.renderer)
+    data_path = args.get("data_path") and Path(source.run_content["cwd"]) / args["data_path"]
+    dataset = load_dataset(args["env_id"], data_path)
+    if source.manifest["depends"]["inputs"]["data"] != dataset.fingerprint:
+        raise UserError(f"{source.folder} was made from other data than {dataset.path} holds now")
+    from common.evaluation import Stepper  # imports MuJoCo
+
+    physics = args.get("physics", "auto") if options.physics == "auto" else options.physics
+    physics = dataset.physics if physics == "auto" else physics
+    stepper = Stepper(dataset.simulator, physics, dataset.simulator_kwargs, threads=1)
+    obs_dim, horizon = stepper.obs_dim, source.manifest["depends"]["args"]["horizon"]
+    starts = first_rows(source.rows, obs_dim, horizon)
+    std = dataset.obs.std(0, dtype=np.float64)
+    rollouts = pick(options, stepper.env, source, starts, std, stepper.checkable)
+    sheet = Sheet(options.size, args["env_id"], hasattr(stepper.env, "is_healthy"))
+    frames = draw_frames(stepper.env, renderer, options.size, rollouts, sheet)
+    hold = round(1000 / options.fps)
+    durations = [duration for found in rollouts for duration in (*[hold] * (len(found.error) - 1), 3 * hold)]
+    out = options.out or (source.run or Path("runs")) / "imagined.gif"
+    size = write_gif(out, frames, durations)
+    for found in rollouts:
+        print(f"rollout {found.number}: error by step " + " ".join(f"{error:.2f}" for error in found.error[1:]))
+    used = f"gl ({os.environ['MUJOCO_GL']})" if renderer == "gl" else renderer
+    print(f"{out}: {len(frames)} frames, {size / 2**20:.2f} MiB, physics {physics}, renderer {used}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
