@@ -33,7 +33,6 @@ SETTINGS = {  # name: flags beside --laptop
     "guidance 2": "--guidance-scale 2",
     "IDM context 0": "--idm-context 0",
     "IDM sample": "--completion sample",
-    "noise": "--prediction noise",
     "limits": "--normalizer limits",
     "cdf": "--normalizer cdf",
     "noise, limits": "--prediction noise --normalizer limits",
