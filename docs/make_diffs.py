@@ -11,6 +11,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = [
     ("dawm_td3bc.py", "dawm_iql.py", "The same synthetic transitions, another learner."),
+    (
+        "dawm_td3bc.py",
+        "joint_td3bc.py",
+        "The same method without inverse dynamics: the world model generates the actions too.",
+    ),
     ("dawm_td3bc.py", "dwm_baseline.py", "The same world model; no action is filled in, the critics' target changes."),
     (
         "dawm_td3bc.py",

@@ -111,7 +111,7 @@ def test_wrong_contents(folder, monkeypatch, trials, told):
     )
 
 
-SCRIPTS = ("dawm_td3bc", "dawm_iql", "dwm_baseline", "ssorl_baseline", "dd_baseline")
+SCRIPTS = ("dawm_td3bc", "dawm_iql", "joint_td3bc", "dwm_baseline", "ssorl_baseline", "dd_baseline")
 
 
 def test_arguments(monkeypatch, trials, told):
