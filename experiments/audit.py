@@ -38,6 +38,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import mujoco
 import numpy as np
 import torch
 from matplotlib.colors import LogNorm
@@ -215,7 +216,7 @@ def simulate(stepper: Stepper, obs: np.ndarray, action: np.ndarray, bar: tqdm) -
 
 def check(stepper: Stepper, rows: Rows, units: Units, bar: tqdm) -> dict[str, np.ndarray]:
     """For each row: error [N, obs_dim] and reward_error [N] in standard deviations, fell (in the simulator), checkable,
-    and jerk [N], by how many standard deviations the simulator's own velocities changed (contacts make it large)."""
+    jerk [N], by how many standard deviations the simulator's own velocities changed, and its next_obs."""
     next_obs, reward, fell = simulate(stepper, rows.obs, rows.action, bar)
     velocity = slice(stepper.env.model.nq - 1, None)
     return {
@@ -223,6 +224,7 @@ def check(stepper: Stepper, rows: Rows, units: Units, bar: tqdm) -> dict[str, np
         "reward_error": (rows.reward - reward) / units.reward,
         "fell": fell,
         "checkable": stepper.checkable(rows.obs) & np.isfinite(next_obs).all(1),
+        "next_obs": next_obs,
         "jerk": np.sqrt(np.square((next_obs - rows.obs)[:, velocity] / units.obs[velocity]).mean(1)),
     }
 
@@ -249,6 +251,24 @@ def summary(rows: Rows, checked: dict, keep: np.ndarray, names: list[str]) -> di
         "falls": {"simulator": int(fell.sum()), "told": int(told.sum()), "both": int((fell & told).sum())},
         "actions_at_bounds": float((np.abs(rows.action[keep]) > 0.999).mean()) if keep.any() else math.nan,
     }
+
+
+def contacts(stepper: Stepper, obs: np.ndarray) -> np.ndarray:
+    """How many contacts the simulator sees in each state [N]: positions decide."""
+    model, data, counts = stepper.env.model, mujoco.MjData(stepper.env.model), []
+    for position in obs[:, : model.nq - 1]:
+        data.qpos[1:] = position
+        mujoco.mj_fwdPosition(model, data)
+        counts.append(data.ncon)
+    return np.array(counts)
+
+
+def by_contact(stepper: Stepper, rows: Rows, checked: dict, few: np.ndarray) -> dict:
+    """State error of the rows `few` in whose step, in the simulator, a contact begins or ends, and of the others."""
+    changed = contacts(stepper, rows.obs[few]) != contacts(stepper, checked["next_obs"][few])
+    error = np.sqrt(np.square(checked["error"][few]).mean(1))
+    parts = {"begins or ends": quantiles(error[changed]), "stays": quantiles(error[~changed])}
+    return {"share": float(changed.mean()), **parts}
 
 
 def by_jerk(checked: dict, count: int = 10) -> dict:
@@ -581,6 +601,7 @@ def audit(subject: Subject, options) -> dict:
             result[name] = {"all": summary(part, found, np.ones(len(part.obs), bool), names)}
         result["synthetic"]["steps"] = [summary(rows, checked, rows.step == h, names) for h in steps]
         result["synthetic"]["jerk"] = by_jerk(checked)
+        result["synthetic"]["contact"] = by_contact(stepper, rows, checked, few[checked["checkable"][few]])
         at = rows.step[few]
         difference = np.sqrt(np.square(action - rows.action[few]).mean(1))
         result["action"] = {
@@ -636,6 +657,10 @@ def table(result: dict) -> str:
                 made, left = result["action"]["real_error"]["median"], result["action"]["real_unexplained"]["median"]
                 line += f"{made:>9.2g}{left:>9.2g}"
             lines.append(line)
+        contact = result["synthetic"]["contact"]
+        medians = contact["begins or ends"]["median"], contact["stays"]["median"]
+        share = f"a contact begins or ends ({contact['share']:.0%})"
+        lines += [f"steps in which {share} err by a median of {medians[0]:.2g}, the others by {medians[1]:.2g}"]
         largest = result["real"]["all"]
         lines += [f"real rows that can be checked err by {largest['state']['99']:.1e} sd at 99 %, at most "
                   f"{largest['state']['max']:.1e}; rewards by {largest['reward']['max']:.1e}"]  # fmt: skip
@@ -728,9 +753,15 @@ def plot(result: dict, path: Path) -> None:
         jerk = result["synthetic"]["jerk"]
         axis.loglog(jerk["jerk"], jerk["error"], "o-", color=blue)
         axis.xaxis.set_minor_formatter("")
-        axis.set_xlabel("change of velocity in that step, sd (contacts are at the right)")
+        contact = result["synthetic"]["contact"]
+        for what, style in (("begins or ends", "-."), ("stays", ":")):
+            share = contact["share"] if what != "stays" else 1 - contact["share"]
+            label = f"contact {what} ({share:.0%} of rows)"
+            axis.axhline(contact[what]["median"], color=grey, linestyle=style, label=label)
+        axis.legend(fontsize=7)
+        axis.set_xlabel("change of velocity in the simulator's step, sd")
         axis.set_ylabel("median state error, sd")
-        axis.set_title("where it errs: sudden steps", fontsize=10)
+        axis.set_title("where it errs", fontsize=10)
     else:
         for axis in (*axes[0], axes[1, 0], axes[1, 1]):
             axis.axis("off")

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import mujoco
 import numpy as np
 import pytest
 import torch
@@ -79,6 +80,22 @@ def test_the_explaining_action_is_found_from_a_wrong_start():
     assert np.median(left) < 1e-4 and (np.abs(action) <= 1).all()
     rows.next_obs = rows.next_obs + units.obs  # no action does that
     assert np.median(audit.explaining_action(stepper, rows, units, BAR)[1]) > 0.3
+
+
+def test_contacts_are_those_of_the_environment():
+    env, stepper = make_env("Hopper-v4", "d4rl").unwrapped, Stepper("Hopper-v4", "d4rl")
+    obs, counts = [env.reset(seed=0)[0]], []
+    for _ in range(40):
+        obs.append(env.step(np.array([0.5, 0.2, 0.0]))[0])
+        mujoco.mj_forward(env.model, env.data)
+        counts.append(env.data.ncon)
+    assert audit.contacts(stepper, np.array(obs[1:])).tolist() == counts and len(set(counts)) > 1
+    rows = SimpleNamespace(obs=np.array(obs[:-1]))
+    checked = {"next_obs": np.array(obs[1:]), "error": np.ones((40, 11))}
+    found = audit.by_contact(stepper, rows, checked, np.arange(40))
+    first = audit.contacts(stepper, np.array(obs[:1])).tolist()
+    assert found["share"] == pytest.approx(np.mean(np.diff([*first, *counts]) != 0))
+    assert found["begins or ends"]["median"] == 1
 
 
 def test_steps_of_rollouts_of_unequal_length():
