@@ -253,6 +253,21 @@ def summary(rows: Rows, checked: dict, keep: np.ndarray, names: list[str]) -> di
     }
 
 
+def exactness(stepper: Stepper, rows: Rows, checked: dict, units: Units, limit: float = 1e-5, draws: int = 200) -> dict:
+    """How many checkable rows err by more than limit, and how many of those (of a hundred) are exact from a state that
+    float32 cannot tell from theirs: where a contact just begins, the rounding of the stored state decides it."""
+    error = np.sqrt(np.square(checked["error"]).mean(1))
+    above = np.flatnonzero(checked["checkable"] & (error > limit))
+    rng, rounding = np.random.default_rng(0), 0
+    for row in above[:100]:
+        obs = rows.obs[row] + rng.uniform(-0.5, 0.5, (draws, len(units.obs))) * np.spacing(
+            np.abs(rows.obs[row]).astype(np.float32)
+        )
+        next_obs = stepper(obs, np.repeat(rows.action[row : row + 1], draws, axis=0))[0]
+        rounding += np.sqrt(np.square((rows.next_obs[row] - next_obs) / units.obs).mean(1)).min() < limit
+    return {"limit": limit, "above": len(above), "tried": min(len(above), 100), "rounding": int(rounding)}
+
+
 def contacts(stepper: Stepper, obs: np.ndarray) -> np.ndarray:
     """How many contacts the simulator sees in each state [N]: positions decide."""
     model, data, counts = stepper.env.model, mujoco.MjData(stepper.env.model), []
@@ -599,6 +614,7 @@ def audit(subject: Subject, options) -> dict:
             real_action, real_left = explaining_action(stepper, real[few_real], units, bar)
         for name, (part, found) in parts.items():
             result[name] = {"all": summary(part, found, np.ones(len(part.obs), bool), names)}
+        result["real"]["exactness"] = exactness(stepper, real, floor, units)
         result["synthetic"]["steps"] = [summary(rows, checked, rows.step == h, names) for h in steps]
         result["synthetic"]["jerk"] = by_jerk(checked)
         result["synthetic"]["contact"] = by_contact(stepper, rows, checked, few[checked["checkable"][few]])
@@ -664,6 +680,9 @@ def table(result: dict) -> str:
         largest = result["real"]["all"]
         lines += [f"real rows that can be checked err by {largest['state']['99']:.1e} sd at 99 %, at most "
                   f"{largest['state']['max']:.1e}; rewards by {largest['reward']['max']:.1e}"]  # fmt: skip
+        exact = result["real"]["exactness"]
+        lines += [f"{exact['above']} of them err by more than {exact['limit']:.0e}; of {exact['tried']} tried, "
+                  f"{exact['rounding']} are exact from a state that float32 does not tell from theirs"]  # fmt: skip
     else:
         bounds = result["actions_at_bounds"]
         lines += [f"actions at the bounds: synthetic {bounds['synthetic']:.2%}, real {bounds['real']:.2%}"]

@@ -82,6 +82,20 @@ def test_the_explaining_action_is_found_from_a_wrong_start():
     assert np.median(audit.explaining_action(stepper, rows, units, BAR)[1]) > 0.3
 
 
+def test_rounding_of_the_stored_state_is_told_from_an_error():
+    """A simulator that jumps at 1: a row stored as 1, really a little above, is exact within float32; an error not."""
+
+    def jump(obs, action):
+        return np.where(obs >= 1, obs + 0.5, obs), None, None
+
+    above = 1 + 1e-9
+    stored = np.float32([[above], [0.2], [0.3]]).astype(float)
+    rows = SimpleNamespace(obs=stored, action=np.zeros((3, 1)), next_obs=np.array([[1.0], [0.2], [0.4]]))
+    checked = {"error": rows.next_obs - jump(stored, None)[0], "checkable": np.ones(3, bool)}
+    found = audit.exactness(jump, rows, checked, audit.Units(np.ones(1), 1.0))
+    assert found == {"limit": 1e-5, "above": 2, "tried": 2, "rounding": 1}
+
+
 def test_contacts_are_those_of_the_environment():
     env, stepper = make_env("Hopper-v4", "d4rl").unwrapped, Stepper("Hopper-v4", "d4rl")
     obs, counts = [env.reset(seed=0)[0]], []
