@@ -50,7 +50,8 @@ from torch.autograd.function import once_differentiable
 
 from common import UserError
 from common.data import OfflineDataset, load_dataset
-from common.evaluation import Evaluator, normalized_score, score_report
+from common.evaluation import Evaluator, Stepper, normalized_score, score_report
+from common.export import check_export, export_transitions
 from common.run import Run, check_range, run_script
 from common.stages import Kept, RowFile, resumable
 
@@ -152,6 +153,10 @@ class Args:
     """end a rollout by the simulator's rule on its states or the model's own sign; none as printed [deviation]"""
     synthetic_fraction: float = 1.0
     """share of synthetic transitions in a batch [DAWM Tab. 4]; 0 is the agent on the real data, without any model"""
+    export_hdf5: Path | None = None
+    """write the synthetic set to this new file in D4RL's HDF5 layout, each rollout an episode"""
+    export_minari: str | None = None
+    """write it as a new Minari data set NAMESPACE/NAME-vN: minutes, which reading takes too (README, Export)"""
 
     # ---- Agent
     agent_updates: int = 1_000_000
@@ -239,6 +244,7 @@ def check_args(args: Args) -> None:
         )
     if args.unet_width % 8 or args.unet_width < 8 or min(args.unet_multipliers, default=0) < 1:
         raise UserError(f"--unet-width {args.unet_width} must be 8, 16, ... and --unet-multipliers positive")
+    check_export(args)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1042,6 +1048,7 @@ def main(args: Args) -> float:
         measure_world_model(args, world_model, windows, run)
         synthesizer = Synthesizer(args, dataset.robot, windows, world_model)
         synthetic = synthesize(args, synthesizer, run) if args.synthesis == "dataset" else None
+        export_transitions(run, synthetic, args.horizon + 1, dataset, evaluator, Stepper, "joint diffusion")
     else:
         run.describe(dataset.facts())
         run.say("control", "--synthetic-fraction 0: no world model, the agent on the real data")

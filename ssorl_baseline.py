@@ -45,7 +45,8 @@ from torch import nn
 
 from common import UserError
 from common.data import OfflineDataset, load_dataset
-from common.evaluation import Evaluator, normalized_score, score_report
+from common.evaluation import Evaluator, Stepper, normalized_score, score_report
+from common.export import check_export, export_transitions
 from common.run import Run, check_range, run_script
 from common.stages import Kept, resumable
 
@@ -118,6 +119,12 @@ class Args:
     idm_context: Literal[0, 1] = 1
     """states that it sees before the transition's own two [DAWM Sec. 4]"""
 
+    # ---- Synthesis
+    export_hdf5: Path | None = None
+    """write the completed trajectories to this new file in D4RL's HDF5 layout"""
+    export_minari: str | None = None
+    """write them as a new Minari data set NAMESPACE/NAME-vN"""
+
     # ---- Agent
     agent_updates: int = 1_000_000
     """critic updates; [unspecified] in [DAWM]; 200,000 in SSORL's code"""
@@ -185,6 +192,7 @@ def check_args(args: Args) -> None:
     check_range(args, 1, 1e6, "max_weight")
     check_range(args, 0, math.inf, "checkpoint_every")
     check_range(args, 1e-8, 1, "idm_lr agent_lr")
+    check_export(args)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -703,6 +711,11 @@ def main(args: Args) -> float:
     run.say("labels", f"actions of {labelled.sum()} trajectories known, of {(~labelled).sum()} hidden")
     inverse_dynamics = train_inverse_dynamics(args, dataset, run)
     dataset = fill_in_actions(args, dataset, inverse_dynamics, run)
+    rows, method = (
+        real_transitions(dataset, torch.device("cpu")),
+        "SSORL (recorded states and rewards, inferred actions)",
+    )
+    export_transitions(run, rows, int(dataset.lengths.max()), dataset, evaluator, Stepper, method)
     returns = train_agent(args, dataset, reward_scale, evaluator, run)
     run.finish(score_report(dataset.robot, own_returns, returns, evaluator))
     return returns[-1]

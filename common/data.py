@@ -379,7 +379,9 @@ def _load_minari(env_id: str) -> OfflineDataset:
         )
     checked = _checked(folder, arrays, *(space.shape[0] for space in spaces))
     kwargs = dict(spec.kwargs) | ({"max_episode_steps": spec.max_episode_steps} if spec.max_episode_steps else {})
-    return OfflineDataset(env_id, "Minari data set", str(folder), sha256, spec.id, kwargs, "stock", "", **checked)
+    made_with = stored.storage.metadata.get("physics")  # told by data sets that were made here
+    physics = "d4rl" if made_with == "d4rl" and spec.id in [simulator for simulator, *_ in ROBOTS.values()] else "stock"
+    return OfflineDataset(env_id, "Minari data set", str(folder), sha256, spec.id, kwargs, physics, "", **checked)
 
 
 def _download_minari(env_id: str, folder: Path) -> None:
