@@ -292,3 +292,50 @@ def test_the_kept_set_is_read_as_it_was_written(toy_run):
     assert len(found.obs) == len(rows) and found.step.max() == 3
     np.testing.assert_array_equal(found.next_obs, rows[:, 15:26].double().numpy())
     np.testing.assert_array_equal(found.reward, rows[:, 14].double().numpy())
+
+
+# ---- The two studies that the audit judges
+
+
+def test_the_generators_table_by_hand():
+    def step(value):
+        return {"state": {"median": value, "99": 10 * value}, "reward": {"median": value / 2}}
+
+    def medians(*values):
+        return [{"median": value} for value in values]
+
+    content = {
+        "synthetic": {"steps": [step(1.0), step(2.0), step(4.0)]},
+        "action": {"unexplained": medians(9, 1, 2), "error": medians(9, 3, 4)},
+        "neighbours": {"steps": medians(9, 0.5, 0.7)},
+        "likeness": {"synthetic": [{"marginals": m, "correlations": m / 2} for m in (9, 0.8, 0.9)]},
+        "calibration": {"world model": {"crps": [0.1, 0.2, 0.3], "spread": [1, 1, 3], "error": [2, 2, 4]}},
+    }
+    found = load("experiments/generator.py").figures(content)
+    assert list(found.values()) == pytest.approx([1, 3, 30, 1.5, 3.5, 0.5, 0.85, 0.425, 0.6, 0.1, 0.3, 0.5, 0.75])
+
+
+def test_the_table_of_actions(toy_run, tmp_path, capsys):
+    """Two seeds of two methods, 40 and 60, and one audited set."""
+    run = next((toy_run / "runs").glob("*"))
+    if not (run / "audit.json").exists():
+        assert command(toy_run, run, *SMALL).returncode == 0
+    content = json.loads((run / "args.json").read_text())
+    for name in ("dawm_td3bc", "joint_td3bc", "dawm_rollouts"):
+        for seed, score in ((0, 40.0), (1, 60.0)):
+            folder = tmp_path / f"local-hopper-medium-v0__{name}__{seed}__1"
+            folder.mkdir()
+            content["args"]["exp_name"] = name
+            (folder / "args.json").write_text(json.dumps(content))
+            (folder / "summary.txt").write_text("total   60.0 s\n")
+            lines = [{"step": i, "eval/normalized_score": value} for i, value in enumerate((10.0, 90.0, score))]
+            (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+            if name == "dawm_rollouts":
+                (folder / "audit.json").write_text((run / "audit.json").read_text())
+    load("experiments/actions_table.py").main(tmp_path, tmp_path / "actions")
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[1] for row in rows] == ["inverse dynamics (DAWM)", "joint"]
+    assert rows[0][2:6] == ["2", "50.0 ± 14.1", "50.0 ± 4.7", "90.0 ± 0.0"] and rows[1][6] == "-"
+    steps = json.loads((run / "audit.json").read_text())["synthetic"]["steps"]
+    assert rows[0][6] == f"{steps[0]['state']['median']:.3f}"
+    assert (tmp_path / "actions.png").stat().st_size > 10_000
