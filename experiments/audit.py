@@ -626,9 +626,8 @@ def audit(subject: Subject, options) -> dict:
             "real_error": quantiles(np.sqrt(np.square(real_action - real.action[few_real]).mean(1))),
             "real_unexplained": quantiles(real_left),
         }
-    else:
-        bounds = [float((np.abs(part.action) > 0.999).mean()) for part in (rows, real)]
-        result["actions_at_bounds"] = dict(zip(("synthetic", "real"), bounds, strict=True))
+    bounds = [float((np.abs(part.action) > 0.999).mean()) for part in (rows, real)]
+    result["actions_at_bounds"] = dict(zip(("synthetic", "real"), bounds, strict=True))
 
     obs_dim, half = dataset.obs.shape[1], np.arange(len(real.obs)) < len(real.obs) // 2
     result["likeness"] = {
@@ -683,9 +682,8 @@ def table(result: dict) -> str:
         exact = result["real"]["exactness"]
         lines += [f"{exact['above']} of them err by more than {exact['limit']:.0e}; of {exact['tried']} tried, "
                   f"{exact['rounding']} are exact from a state that float32 does not tell from theirs"]  # fmt: skip
-    else:
-        bounds = result["actions_at_bounds"]
-        lines += [f"actions at the bounds: synthetic {bounds['synthetic']:.2%}, real {bounds['real']:.2%}"]
+    bounds = result["actions_at_bounds"]
+    lines += [f"actions at the bounds: synthetic {bounds['synthetic']:.2%}, real {bounds['real']:.2%}"]
     lines += ["", f"{'':<24}{'marginals':>12}{'correlations':>14}{'neighbours, median':>20}{'90%':>9}"]
     for h, part in enumerate(result["likeness"]["synthetic"]):
         near = result["neighbours"]["steps"][h]
