@@ -308,8 +308,8 @@ def audit(rows: torch.Tensor, lengths: np.ndarray, dataset, simulate) -> dict:
     known = simulate.checkable(obs) & np.isfinite(true_next).all(1)
     if not known.any():
         raise UserError(f"the simulator's state is unknown for all of {count} rows")
-    state = np.sqrt(np.square((next_obs - true_next) / (dataset.obs.std(0) + 1e-6)).mean(1))
-    errors = {"state": state, "reward": np.abs(reward - true_reward) / (dataset.reward.std() + 1e-6)}
+    state = np.sqrt(np.square((next_obs - true_next) / (dataset.obs.std(0, dtype=float) + 1e-6)).mean(1))
+    errors = {"state": state, "reward": np.abs(reward - true_reward) / (dataset.reward.std(dtype=float) + 1e-6)}
 
     def spread(error, which):
         found = error[which & known]

@@ -32,9 +32,12 @@ METHODS = {  # run name: label, audited set, color
 
 
 def scores(root: Path, robot: str, name: str) -> np.ndarray:
-    """Evaluations [seeds, evaluations] of the finished runs."""
-    folders = sorted(path.parent for path in root.glob(f"local-{robot}-medium-v0__{name}__*/summary.txt"))
-    return np.array([read_run(folder)[1]["eval/normalized_score"] for folder in folders])
+    """Evaluations [seeds, evaluations] of the newest finished run of each seed."""
+    newest = {}
+    for folder in sorted(path.parent for path in root.glob(f"local-{robot}-medium-v0__{name}__*/summary.txt")):
+        content, metrics = read_run(folder)
+        newest[content["args"]["seed"]] = metrics["eval/normalized_score"]
+    return np.array(list(newest.values()))
 
 
 def audit(root: Path, robot: str, name: str) -> dict | None:
@@ -53,10 +56,12 @@ def spread(values: np.ndarray) -> str:
 
 
 def main(root: Path, picture: Path) -> None:
-    heads = "robot|actions|seeds|final|mean of last 10|best (hindsight)|state error, step 0|steps 1-7|99 %|action error"
-    heads += "|no action explains|CRPS, step 1|step 8"
-    print("| " + " | ".join(heads.split("|")) + " |\n|" + "---|" * len(heads.split("|")))
     robots = [robot for robot in ("hopper", "walker2d") if list(root.glob(f"local-{robot}-*/summary.txt"))]
+    if not robots:
+        sys.exit(f"no finished run of experiments/actions.sh in {root}")
+    heads = "robot|actions|seeds|final|mean of last 10|best (hindsight)|state error, step 0|steps 1-7|99 %"
+    heads += "|its action adds|no action explains|CRPS, step 1|step 8"
+    print("| " + " | ".join(heads.split("|")) + " |\n|" + "---|" * len(heads.split("|")))
     figure, axes = plt.subplots(len(robots), 3, figsize=(14, 3.8 * len(robots)), squeeze=False)
     for line, robot in zip(axes, robots, strict=True):
         for name, (label, audited, color) in METHODS.items():
@@ -68,14 +73,14 @@ def main(root: Path, picture: Path) -> None:
             if content:
                 steps, action = content["synthetic"]["steps"], content["action"]
                 state = {q: [step["state"][q] for step in steps] for q in ("median", "99")}
-                error, left = ([step["median"] for step in action[what]] for what in ("error", "unexplained"))
+                caused, left = ([step["median"] for step in action[what]] for what in ("caused", "unexplained"))
                 crps = content["calibration"]["world model"]["crps"]
                 values = (state["median"][0], np.mean(state["median"][1:]), np.mean(state["99"][1:]))
-                values += (np.mean(error[1:]), np.mean(left[1:]), crps[0], crps[-1])
+                values += (np.mean(caused[1:]), np.mean(left[1:]), crps[0], crps[-1])
                 cells += [f"{value:.3f}" for value in values]
                 line[1].plot(state["median"], "o-", color=color, label=label)
-                line[1].plot(left, ":", color=color, label=f"{label}: no action explains")
-                line[2].plot(range(1, len(error)), error[1:], "o-", color=color, label=label)
+                line[2].plot(range(1, len(left)), caused[1:], "o-", color=color, label=f"{label}: its action adds")
+                line[2].plot(range(1, len(left)), left[1:], ":", color=color, label=f"{label}: no action explains")
             else:
                 cells += ["-"] * 7
             print("| " + " | ".join(cells) + " |")
@@ -85,10 +90,11 @@ def main(root: Path, picture: Path) -> None:
         content = read_run(next(root.glob(f"local-{robot}-*/summary.txt")).parent)[0]
         own = normalized_score(content["data"]["robot"], content["data"]["mean_return"])
         line[0].axhline(own, color="black", linewidth=0.8, linestyle="--", label="the data's own mean")
-        for axis, title in zip(line, ("D4RL score", "median state error, sd", "median action error"), strict=True):
+        for axis, title in zip(line, ("D4RL score", "median state error, sd", "parts of it, sd"), strict=True):
             axis.set_title(f"{robot}: {title}", fontsize=10)
             axis.grid(alpha=0.3)
-            axis.legend(fontsize=7)
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend(fontsize=7)
         line[0].set_xlabel("thousand updates of the agent")
         for axis in line[1:]:
             axis.set_ylim(bottom=0)

@@ -9,9 +9,12 @@ Four judges, each step of the rollout by itself; real data goes through the firs
    deviations of the data, of a fall by count. Rows with a velocity at the observation's clip cannot be checked. The
    same for real rows, under the data's physics and, to show that the instrument can tell, under the other one.
 2. The action: which one would have led to the row's next state? Least squares through finite differences of the
-   simulator, from the row's own action. What is left after it is the error that no action explains.
+   simulator, from the row's own action. "left" is the error that no action explains, "its part" what the row's own
+   action adds to it. The distance of the two actions says less: a small error of the state asks for a large change of
+   an action that hardly moves the robot.
 3. The data: distance of each column's distribution and of all correlations, as [SynthER] reports them, and of the
-   change of state from that of the nearest real neighbours.
+   change of state from that of the nearest real neighbours. Copies of the data would get 1 from the first two, two
+   halves of it get less. At step 0 state and action are real.
 4. The world model's spread: many rollouts from held-out real pairs, asked for their true return-to-go. Spread beside
    error, rank of the truth, and CRPS, beside an ensemble of one-step Gaussian models with as many parameters and at
    most as many updates of as large batches, stopped by held-out episodes [PETS].
@@ -24,6 +27,7 @@ Printed, and written as audit.json and audit.png to --out (by default the run's 
 
 import argparse
 import dataclasses
+import hashlib
 import importlib
 import json
 import math
@@ -42,6 +46,7 @@ import mujoco
 import numpy as np
 import torch
 from matplotlib.colors import LogNorm
+from render import first_rows, read_json, read_source
 from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
@@ -49,9 +54,13 @@ from tqdm import tqdm
 from common import UserError
 from common.data import OfflineDataset, load_dataset
 from common.evaluation import Stepper
-from common.run import write_text_whole, write_whole
+from common.run import check_range, write_text_whole, write_whole
+from common.stages import stage_source
 
+ROOT = Path(__file__).resolve().parent.parent
 CHUNK = 5_000  # rows that the simulator takes at once
+ITERATIONS = 8  # of the search for an action
+FEWEST = 20  # rows of a step that are worth a figure
 NAMES = {  # of the observations' dimensions
     "hopper": "z pitch thigh leg foot vx vz w_pitch w_thigh w_leg w_foot".split(),
     "walker2d": "z pitch thigh leg foot thigh_l leg_l foot_l vx vz w_pitch w_thigh w_leg w_foot w_thigh_l w_leg_l "
@@ -70,75 +79,58 @@ NAMES = {  # of the observations' dimensions
 class Subject:
     """A synthetic set, the arguments and models that made it, and the data they learned from."""
 
-    name: str
     args: object  # Args of the script `module`
-    module: object  # dawm_td3bc, or joint_td3bc for a set without an inverse dynamics model
+    module: object  # the script whose world model it is
     dataset: OfflineDataset
-    transitions: torch.Tensor  # rows [M, row_dim]: obs, action, reward, next_obs, terminated
-    world_model: Path | None  # folder of the kept world model, None if it is gone
+    transitions: np.ndarray  # rows [M, row_dim]: obs, action, reward, next_obs, terminated
+    world_model: Path | None  # folder of the kept world model; None, and `why`, if it cannot be used
+    why: str
     out: Path
     facts: dict
 
 
 def find(path: Path, data_path: Path | None) -> Subject:
     """The subject that a run's folder or a kept set's folder names; UserError says what is missing."""
-    stored, out = {}, Path("runs/audit") / path.name
-    if (path / "args.json").is_file() and (path / "stages.json").is_file():
-        run, out = read_json(path / "args.json"), path
-        stored = run["args"]
-        stages = {name: Path(run["cwd"]) / folder for name, folder in read_json(path / "stages.json").items()}
-        if "synthesis" not in stages:
-            raise UserError(f"{path} kept no synthetic set; audit a run of a script that synthesises into a set")
-        folder, world_model = stages["synthesis"], stages.get("world model")
-        for moved in (folder, path.parent / "stages" / folder.name, path.parent.parent / "stages" / folder.name):
-            if moved.exists():  # runs may have been moved since
-                folder, world_model = moved, moved.with_name(world_model.name)
-                break
-    else:
-        folder, world_model = path, None
-    if not (folder / "manifest.json").is_file() or not (folder / "tensors.safetensors").is_file():
-        raise UserError(f"{folder} holds no synthetic set; give the folder of a run, or STAGE_DIR/synthesis-...")
-    manifest = read_json(folder / "manifest.json")
-    tensors = load_file(folder / "tensors.safetensors")
-    if manifest.get("stage") != "synthesis" or "transitions" not in tensors:
-        raise UserError(f"{folder} is a kept {manifest.get('stage')}, not a synthetic set")
-    inputs = manifest["depends"]["inputs"]
-    for beside in folder.parent.glob("world_model-*/manifest.json"):
-        if read_json(beside)["sha256"] == inputs["world model"]:
-            world_model = beside.parent
-    args = dict(manifest["depends"]["args"])
-    if world_model is not None and world_model.exists():
-        args |= read_json(world_model / "manifest.json")["depends"]["args"]
-    else:
-        world_model = None
-    # A set of DAWM's was made with an inverse dynamics model; without one its actions came from the world model.
-    module = importlib.import_module("dawm_td3bc" if "inverse dynamics" in inputs else "joint_td3bc")
-    fields = {field.name: field for field in dataclasses.fields(module.Args)}
-    args = {**stored, **args}
-    args = {name: tuple(value) if isinstance(value, list) else value for name, value in args.items() if name in fields}
+    source = read_source(path)
+    inputs, args, world_model, why = source.manifest["depends"]["inputs"], source.args, None, ""
+    names = [Path(command).stem for command in source.run_content.get("command", [])[:1]]
+    modules = [
+        importlib.import_module(name)
+        for name in dict.fromkeys([*names, "dawm_td3bc", "joint_td3bc"])
+        if (ROOT / f"{name}.py").exists()
+    ]
+    module = modules[0]
+    for manifest in source.folder.parent.glob("world_model-*/manifest.json"):
+        content = read_json(manifest)
+        if content["sha256"] == inputs["world model"]:
+            args, world_model = {**args, **content["depends"]["args"]}, manifest.parent
+            same = [m for m in modules if code_of(m) == content["depends"]["source"]]
+            module, why = (same[0], "") if same else (module, f"{world_model} was made by other code than is here now")
+    why = why if world_model else f"the world model is no longer in {source.folder.parent}"
     if data_path is None and args.get("data_path") not in (None, "None"):
-        data_path = Path(args["data_path"])
+        data_path = Path(source.run_content["cwd"]) / args["data_path"]
+    fields = {field.name for field in dataclasses.fields(module.Args)}
+    args = {name: tuple(value) if isinstance(value, list) else value for name, value in args.items() if name in fields}
     args = module.Args(**{**args, "data_path": data_path, "compile": False})
     dataset = load_dataset(args.env_id, data_path)
     if dataset.fingerprint != inputs["data"]:
-        raise UserError(f"{folder} was made from other data than {dataset.path} holds; name its file with --data-path")
+        raise UserError(f"{source.folder} was made from other data than {dataset.path} holds; see --data-path")
     facts = {
-        "set": str(folder),
-        "sha256": manifest["sha256"],
+        "set": str(source.folder),
+        "sha256": source.manifest["sha256"],
         "env_id": args.env_id,
         "data": dataset.fingerprint,
-        "script": module.__name__,
-        "transitions": len(tensors["transitions"]),
-        "args": manifest["depends"]["args"],
+        "script": names[0] if names else module.__name__,
+        "transitions": len(source.rows),
+        "args": source.manifest["depends"]["args"],
     }
-    return Subject(path.name, args, module, dataset, tensors["transitions"], world_model, out, facts)
+    out = path if source.run == path else Path("runs/audit") / path.name
+    return Subject(args, module, dataset, source.rows, None if why else world_model, why, out, facts)
 
 
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error})")
+def code_of(module) -> str:
+    """As the stage store names the code that trains a world model."""
+    return hashlib.sha256(stage_source(module.train_world_model)[0].encode()).hexdigest()
 
 
 @dataclasses.dataclass
@@ -156,13 +148,10 @@ class Rows:
         return Rows(*(getattr(self, field.name)[index] for field in dataclasses.fields(self)))
 
 
-def rollout_step(transitions: torch.Tensor, obs_dim: int, action_dim: int, horizon: int) -> np.ndarray:
-    """The step h of each row [M]: rollouts lie end to end, and a row goes on where the one before it led."""
-    next_obs = transitions[:-1, obs_dim + action_dim + 1 : -1]
-    begins = (transitions[1:, :obs_dim] != next_obs).any(1) | (transitions[:-1, -1] > 0)
-    begins = np.append(True, begins.numpy())
-    since = np.arange(len(begins)) - np.maximum.accumulate(np.where(begins, np.arange(len(begins)), 0))
-    return since % (horizon + 1)
+def rollout_step(transitions: np.ndarray, obs_dim: int, horizon: int) -> np.ndarray:
+    """The step h of each row [M]."""
+    first = first_rows(transitions, obs_dim, horizon)
+    return np.arange(len(transitions)) - np.repeat(first, np.diff(first, append=len(transitions)))
 
 
 def synthetic_rows(subject: Subject, count: int) -> Rows:
@@ -172,10 +161,10 @@ def synthetic_rows(subject: Subject, count: int) -> Rows:
         subject.dataset.obs.shape[1],
         subject.dataset.action.shape[1],
     )
-    step = rollout_step(transitions, obs_dim, action_dim, subject.args.horizon)
+    step = rollout_step(transitions, obs_dim, subject.args.horizon)
     chosen = np.random.default_rng(0).permutation(len(transitions))[:count]
     chosen.sort()
-    rows = transitions[torch.as_tensor(chosen)].double().numpy()
+    rows = transitions[chosen].astype(float)
     parts = np.split(rows, np.cumsum([obs_dim, action_dim, 1, obs_dim]), axis=1)
     obs, action, reward, next_obs, terminated = parts
     return Rows(obs, action, reward[:, 0], next_obs, terminated[:, 0] > 0, step[chosen])
@@ -202,7 +191,7 @@ class Units:
 
     @classmethod
     def of(cls, dataset: OfflineDataset) -> "Units":
-        return cls(dataset.obs.std(0).astype(float) + 1e-6, float(dataset.reward.std()) + 1e-6)
+        return cls(dataset.obs.std(0, dtype=float) + 1e-6, float(dataset.reward.std(dtype=float)) + 1e-6)
 
 
 def simulate(stepper: Stepper, obs: np.ndarray, action: np.ndarray, bar: tqdm) -> tuple[np.ndarray, ...]:
@@ -302,16 +291,19 @@ def by_jerk(checked: dict, count: int = 10) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def explaining_action(stepper: Stepper, rows: Rows, units: Units, bar: tqdm, iterations: int = 4):
-    """Action [N, action_dim] in [-1, 1] that brings the simulator nearest to next_obs, and what error [N] it leaves.
+def explaining_action(stepper: Stepper, rows: Rows, units: Units, bar: tqdm) -> tuple[np.ndarray, ...]:
+    """Action [N, action_dim] in [-1, 1] that brings the simulator nearest to next_obs, the error [N] it leaves, and the
+    error that taking the row's own action instead adds [N]: how far apart the two leave the simulator.
 
-    Levenberg and Marquardt's damped least squares from the row's own action; a step that does not help is not taken.
+    Levenberg and Marquardt's damped least squares from the row's own action. A step that does not help is not taken;
+    an action at its bound that would leave it is held there while the others are solved for.
     """
     best = rows.action.clip(-1, 1)
-    made = simulate(stepper, rows.obs, best, bar)[0]
+    own = made = simulate(stepper, rows.obs, best, bar)[0]
+    made = made.copy()
     residual = (rows.next_obs - made) / units.obs
-    damping = np.full(len(best), 1e-6)
-    for _ in range(iterations):
+    damping = np.full(len(best), 1e-3)
+    for _ in range(ITERATIONS):
         jacobian = np.empty((*residual.shape, best.shape[1]))
         for column in range(best.shape[1]):
             moved = best.copy()
@@ -319,17 +311,20 @@ def explaining_action(stepper: Stepper, rows: Rows, units: Units, bar: tqdm, ite
             shift = (moved - best)[:, column, None] * units.obs
             jacobian[:, :, column] = (simulate(stepper, rows.obs, moved, bar)[0] - made) / shift
         jacobian = np.nan_to_num(jacobian)
+        gradient = np.einsum("nda,nd->na", jacobian, np.nan_to_num(residual))
+        free = ~(((best >= 1) & (gradient > 0)) | ((best <= -1) & (gradient < 0)))
+        jacobian, gradient = jacobian * free[:, None], gradient * free
         normal = np.einsum("nda,ndb->nab", jacobian, jacobian)
         scale = np.einsum("naa->n", normal) * damping + 1e-12
-        gradient = np.einsum("nda,nd->na", jacobian, np.nan_to_num(residual))
         step = np.linalg.solve(normal + scale[:, None, None] * np.eye(best.shape[1]), gradient[..., None])[..., 0]
         trial = (best + step).clip(-1, 1)
         trial_made = simulate(stepper, rows.obs, trial, bar)[0]
         trial_residual = (rows.next_obs - trial_made) / units.obs
         helps = np.square(trial_residual).sum(1) < np.square(residual).sum(1)
         best[helps], made[helps], residual[helps] = trial[helps], trial_made[helps], trial_residual[helps]
-        damping = np.where(helps, damping, damping * 100)
-    return best, np.sqrt(np.square(residual).mean(1))
+        damping = np.where(helps, damping / 10, damping * 10)
+    caused = np.sqrt(np.square((made - own) / units.obs).mean(1))
+    return best, np.sqrt(np.square(residual).mean(1)), caused
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -370,15 +365,17 @@ def likeness(rows: Rows, real: Rows, obs_dim: int) -> dict:
 
 def neighbour_distance(rows: Rows, real: Rows, units: Units, count: int = 10) -> np.ndarray:
     """How far each row's change of state is from the mean of its `count` nearest real rows', in units of their own
-    spread around it [N]: about 1 for a real row. Near is by state and action, each in standard deviations; the row
-    itself and copies of it do not count. No simulator is needed."""
+    spread around it [N]; what is usual, real rows tell. Near is by state and action, each in standard deviations; the
+    row itself does not count. No simulator is needed."""
     place = torch.as_tensor(np.concatenate([real.obs / units.obs, real.action / (real.action.std(0) + 1e-6)], 1))
     query = torch.as_tensor(np.concatenate([rows.obs / units.obs, rows.action / (real.action.std(0) + 1e-6)], 1))
     change = torch.as_tensor((real.next_obs - real.obs) / units.obs)
     own = torch.as_tensor((rows.next_obs - rows.obs) / units.obs)
     distances = []
     for part, change_of_part in zip(query.split(200), own.split(200), strict=True):
-        far, index = torch.cdist(part.float(), place.float()).topk(count + 1, largest=False)
+        # Not by products: float32 would not see that a row is at no distance from itself.
+        far = torch.cdist(part.float(), place.float(), compute_mode="donot_use_mm_for_euclid_dist")
+        far, index = far.topk(count + 1, largest=False)
         copies = far[:, :1] < 1e-3  # of the row itself; then the nearest is left out, else the farthest
         index = torch.where(copies, index[:, 1:], index[:, :-1])
         near = change[index]
@@ -479,14 +476,16 @@ def scores(samples: torch.Tensor, truth: torch.Tensor) -> dict:
 
 
 @torch.no_grad()
-def calibration(subject: Subject, pairs: int, rollouts: int, updates: int) -> dict | None:
-    """See the module's docstring, 4. None if no held-out episode is long enough, or the world model is gone."""
+def calibration(subject: Subject, pairs: int, rollouts: int, updates: int) -> dict:
+    """See the module's docstring, 4. UserError if the world model is gone, or no held-out episode is long enough."""
+    if subject.why:
+        raise UserError(subject.why)
     args, module, dataset = subject.args, subject.module, subject.dataset
     windows = module.Windows(args, dataset, torch.device("cpu"))
     held_out = windows.held_out(args.world_model_holdout, args.world_model_seed)
     index = (windows.fits & held_out).nonzero()[:, 0]
-    if subject.world_model is None or not len(index):
-        return None
+    if not len(index):
+        raise UserError("no episode held out from the world model's training is as long as its windows")
     world_model = module.WorldModel(args, windows)
     world_model.load_state_dict(load_file(subject.world_model / "tensors.safetensors"))
     index = index[torch.linspace(0, len(index) - 1, min(pairs, len(index))).long()]
@@ -509,6 +508,10 @@ def calibration(subject: Subject, pairs: int, rollouts: int, updates: int) -> di
             bar.update(len(part))
     result = {"world model": scores(torch.cat(made).view(len(index), rollouts, steps, -1) / scale, truth)}
 
+    drawn = torch.randint(len(dataset.obs), (len(index), rollouts, steps))  # what knowing nothing scores
+    guess = torch.cat([windows.obs[windows.start[drawn]], torch.as_tensor(dataset.reward)[drawn][..., None]], dim=3)
+    result["any real state"] = scores(guess / scale, truth)
+
     # The ensemble: (state, action) to change of state and reward, and state to action, since a rollout needs both.
     parameters, batch = sum(p.numel() for p in world_model.denoiser.parameters()), args.world_model_batch_size
     result["facts"] = {
@@ -522,6 +525,8 @@ def calibration(subject: Subject, pairs: int, rollouts: int, updates: int) -> di
     outcome = torch.cat([torch.as_tensor(dataset.next_obs) - obs, torch.as_tensor(dataset.reward)[:, None]], dim=1)
     learn = ~held_out
     measured = windows.held_out(0.05, args.world_model_seed + 1)[learn]
+    if not measured.any():
+        return result  # too few episodes to stop an ensemble by
     ends = obs_dim + action.shape[1] + 2 * outcome.shape[1]  # a width w has 5 (w^2 + (ends + 2) w) weights, about
     width = max(16, int((math.sqrt((ends + 2) ** 2 + 4 * parameters / 5) - ends - 2) / 2))
     with torch.enable_grad(), tqdm(total=2 * updates, desc="ensemble of one-step models", unit="update") as bar:
@@ -547,9 +552,6 @@ def calibration(subject: Subject, pairs: int, rollouts: int, updates: int) -> di
                 following = true_action[:, step + 1].repeat_interleave(members, 0).expand(5, -1, -1)
         particles = torch.stack(particles, dim=2).view(5, len(index), members, steps, -1).transpose(0, 1)
         result[name] = scores(particles.reshape(len(index), 5 * members, steps, -1) / scale, truth)
-    drawn = torch.randint(len(obs), (len(index), rollouts, steps))  # whatever state: what knowing nothing scores
-    guess = torch.cat([windows.obs[windows.start[drawn]], torch.as_tensor(dataset.reward)[drawn][..., None]], dim=3)
-    result["any real state"] = scores(guess / scale, truth)
     result["facts"]["ensemble"] = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "updates": made_updates,
@@ -573,7 +575,8 @@ def audit(subject: Subject, options) -> dict:
     dataset, units = subject.dataset, Units.of(subject.dataset)
     names = NAMES.get(dataset.robot) or [str(i) for i in range(dataset.obs.shape[1])]
     rows, real = synthetic_rows(subject, options.rows), real_rows(dataset, options.rows)
-    physics = dataset.physics if options.physics == "auto" else options.physics
+    physics = subject.args.physics if options.physics == "auto" else options.physics
+    physics = dataset.physics if physics == "auto" else physics
     result = {
         "subject": subject.facts,
         "names": names,
@@ -587,7 +590,10 @@ def audit(subject: Subject, options) -> dict:
     except UserError as error:
         print(f"no check by the simulator: {error}; what the data alone can tell follows")
         stepper, result["simulator"] = None, f"none: {error}"
-    steps = range(int(rows.step.max()) + 1)
+    steps = [h for h in range(int(rows.step.max()) + 1) if (rows.step == h).sum() >= FEWEST]
+    if steps != list(range(len(steps))) or len(real.obs) < FEWEST:
+        raise UserError(f"fewer than {FEWEST} rows of a step were drawn from the set, or of the data; raise --rows")
+    rows = rows[rows.step < len(steps)]
     if stepper is not None:
         other = {"d4rl": "stock", "stock": "d4rl"}[physics]
         wrong = (
@@ -599,10 +605,8 @@ def audit(subject: Subject, options) -> dict:
         few = np.concatenate(
             [np.flatnonzero(rows.step == h)[:: max(1, (rows.step == h).sum() // per_step)] for h in steps]
         )
-        few = few[stepper.checkable(rows.obs[few])]
-        few_real = np.flatnonzero(stepper.checkable(real.obs))
-        few_real = few_real[:: max(1, len(few_real) // per_step)]
-        calls = (len(few) + len(few_real)) * (1 + 4 * (1 + rows.action.shape[1]))
+        few_real = np.arange(len(real.obs))[:: max(1, len(real.obs) // per_step)]
+        calls = (len(few) + len(few_real)) * (1 + ITERATIONS * (1 + rows.action.shape[1]))
         total = len(rows.obs) + len(real.obs) * (2 if wrong else 1) + calls
         with tqdm(total=total, desc="simulator", unit="step", unit_scale=True) as bar:
             checked = check(stepper, rows, units, bar)
@@ -610,19 +614,25 @@ def audit(subject: Subject, options) -> dict:
             parts = {"synthetic": (rows, checked), "real": (real, floor)}
             if wrong:
                 parts[f"real, physics {other}"] = (real, check(wrong, real, units, bar))
-            action, left = explaining_action(stepper, rows[few], units, bar)
-            real_action, real_left = explaining_action(stepper, real[few_real], units, bar)
+            few, few_real = few[checked["checkable"][few]], few_real[floor["checkable"][few_real]]
+            action, left, caused = explaining_action(stepper, rows[few], units, bar)
+            # The search for a real row's action begins a tenth off: else it would begin at its end.
+            off = dataclasses.replace(real[few_real])
+            off.action = (off.action + np.random.default_rng(3).choice([-0.1, 0.1], off.action.shape)).clip(-1, 1)
+            real_action, real_left, _ = explaining_action(stepper, off, units, bar)
+            bar.update(bar.total - bar.n)
         for name, (part, found) in parts.items():
             result[name] = {"all": summary(part, found, np.ones(len(part.obs), bool), names)}
         result["real"]["exactness"] = exactness(stepper, real, floor, units)
         result["synthetic"]["steps"] = [summary(rows, checked, rows.step == h, names) for h in steps]
         result["synthetic"]["jerk"] = by_jerk(checked)
-        result["synthetic"]["contact"] = by_contact(stepper, rows, checked, few[checked["checkable"][few]])
+        result["synthetic"]["contact"] = by_contact(stepper, rows, checked, few)
         at = rows.step[few]
         difference = np.sqrt(np.square(action - rows.action[few]).mean(1))
         result["action"] = {
             "error": [quantiles(difference[at == h]) for h in steps],
             "unexplained": [quantiles(left[at == h]) for h in steps],
+            "caused": [quantiles(caused[at == h]) for h in steps],
             "real_error": quantiles(np.sqrt(np.square(real_action - real.action[few_real]).mean(1))),
             "real_unexplained": quantiles(real_left),
         }
@@ -646,8 +656,20 @@ def audit(subject: Subject, options) -> dict:
         bar.update()
     if options.pairs:
         updates = subject.args.world_model_steps if options.ensemble_updates is None else options.ensemble_updates
-        result["calibration"] = calibration(subject, options.pairs, options.rollouts, updates)
+        try:
+            result["calibration"] = calibration(subject, options.pairs, options.rollouts, updates)
+        except UserError as error:
+            result["calibration"], result["no_calibration"] = None, str(error)
     return result
+
+
+def plain(content):
+    """As JSON has it: None for what could not be measured."""
+    if isinstance(content, dict):
+        return {name: plain(value) for name, value in content.items()}
+    if isinstance(content, list):
+        return [plain(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def table(result: dict) -> str:
@@ -655,9 +677,10 @@ def table(result: dict) -> str:
     lines = [f"{result['subject']['set']}: {result['subject']['transitions']:,} transitions, {result['simulator']}", ""]
     if "synthetic" in result:
         head = f"{'':<24}{'rows':>9}{'not seen':>9}   {'state error, sd':^26}   {'reward error, sd':^26}"
-        lines += [f"{head}   {'falls':^21}{'action':>9}{'left':>9}"]
+        lines += [f"{head}   {'falls':^21}{'action':>10}{'its part':>10}{'left, sd':>10}"]
         quantile = "".join(f"{q:>9}" for q in ("median", "90%", "99%"))
-        lines += [f"{'':<42}{quantile}  {quantile}     {'sim':>7}{'told':>7}{'both':>7}{'median':>9}{'median':>9}"]
+        falls = "".join(f"{word:>7}" for word in ("sim", "told", "both"))
+        lines += [f"{'':<42}{quantile}  {quantile}     {falls}" + 3 * f"{'median':>10}"]
         parts = [(f"synthetic, step {h}", part) for h, part in enumerate(result["synthetic"]["steps"])]
         parts += [(name, part["all"]) for name, part in result.items() if name.startswith("real") and "all" in part]
         for name, part in parts:
@@ -666,11 +689,11 @@ def table(result: dict) -> str:
             line = f"{name:<24}{part['rows']:>9,}{part['uncheckable']:>9.1%}{errors[0]}  {errors[1]}     {falls}"
             if name.startswith("synthetic"):
                 h = int(name.split()[-1])
-                made, left = result["action"]["error"][h]["median"], result["action"]["unexplained"][h]["median"]
-                line += f"{made:>9.2g}{left:>9.2g}"
+                for what in ("error", "caused", "unexplained"):
+                    line += f"{result['action'][what][h]['median']:>10.2g}"
             elif name == "real":
                 made, left = result["action"]["real_error"]["median"], result["action"]["real_unexplained"]["median"]
-                line += f"{made:>9.2g}{left:>9.2g}"
+                line += f"{made:>10.2g}{'':>10}{left:>10.2g}"
             lines.append(line)
         contact = result["synthetic"]["contact"]
         medians = contact["begins or ends"]["median"], contact["stays"]["median"]
@@ -680,8 +703,9 @@ def table(result: dict) -> str:
         lines += [f"real rows that can be checked err by {largest['state']['99']:.1e} sd at 99 %, at most "
                   f"{largest['state']['max']:.1e}; rewards by {largest['reward']['max']:.1e}"]  # fmt: skip
         exact = result["real"]["exactness"]
-        lines += [f"{exact['above']} of them err by more than {exact['limit']:.0e}; of {exact['tried']} tried, "
-                  f"{exact['rounding']} are exact from a state that float32 does not tell from theirs"]  # fmt: skip
+        lines[-1] += f"; {exact['above']} of them by more than {exact['limit']:.0e}"
+        if exact["above"]:
+            lines[-1] += f" (of {exact['tried']} tried, {exact['rounding']} are exact from a state of equal float32)"
     bounds = result["actions_at_bounds"]
     lines += [f"actions at the bounds: synthetic {bounds['synthetic']:.2%}, real {bounds['real']:.2%}"]
     lines += ["", f"{'':<24}{'marginals':>12}{'correlations':>14}{'neighbours, median':>20}{'90%':>9}"]
@@ -692,12 +716,15 @@ def table(result: dict) -> str:
             f"{near['median']:>20.2f}{near['90']:>9.2f}"
         )
     part, near = result["likeness"]["real halves"], result["neighbours"]["real"]
-    lines.append(
-        f"{'real':<24}{part['marginals']:>12.4f}{part['correlations']:>14.4f}{near['median']:>20.2f}{near['90']:>9.2f}"
-    )
+    name, figures = "real (two halves)", f"{part['marginals']:>12.4f}{part['correlations']:>14.4f}"
+    lines.append(f"{name:<24}{figures}{near['median']:>20.2f}{near['90']:>9.2f}")
     if calibrated := result.get("calibration"):
         facts = calibrated["facts"]
-        lines += ["", f"{facts['pairs']:,} held-out pairs, {facts['rollouts']} rollouts each; per step 1, 2, ..."]
+        expected = f"calibrated, the truth lies outside with probability {2 / (facts['rollouts'] + 1):.3f}"
+        lines += [
+            "",
+            f"{facts['pairs']:,} held-out pairs, {facts['rollouts']} rollouts each; {expected}; step 1, 2, ...",
+        ]
         for name, found in calibrated.items():
             if name != "facts":
                 for what in ("crps", "error", "spread", "outside"):
@@ -707,10 +734,7 @@ def table(result: dict) -> str:
             if name in facts:
                 lines += [f"{name}: " + ", ".join(f"{value:,} {what}" for what, value in facts[name].items())]
     elif "calibration" in result:
-        lines += [
-            "",
-            "no calibration: the world model is gone from the stage store, or no held-out episode is long enough",
-        ]
+        lines += ["", f"no calibration: {result['no_calibration']}"]
     return "\n".join(lines)
 
 
@@ -753,14 +777,18 @@ def plot(result: dict, path: Path) -> None:
         axis.set_title("median state error by dimension, sd", fontsize=10)
         figure.colorbar(shown, ax=axis)
         axis = axes[1, 0]
-        for what, color, label in (("error", blue, "action, from the one that explains it"),
-                                   ("unexplained", orange, "state error that no action explains, sd")):  # fmt: skip
+        styles = {
+            "caused": (blue, "state error that the row's action adds, sd"),
+            "unexplained": (orange, "state error that no action explains, sd"),
+            "error": (green, "distance to the action that explains it"),
+        }
+        for what, (color, label) in styles.items():
             found = result["action"][what]
             axis.plot(steps, [part["median"] for part in found], "o-", color=color, label=f"{label}, median")
-            axis.fill_between(steps, [p["median"] for p in found], [p["90"] for p in found], color=color, alpha=0.2)
-        axis.axhline(
-            max(result["action"]["real_error"]["median"], 1e-9), color=grey, linestyle="--", label="real, action"
-        )
+            if what != "error":
+                axis.fill_between(steps, [p["median"] for p in found], [p["90"] for p in found], color=color, alpha=0.2)
+        level = max(result["action"]["real_error"]["median"], 1e-9)
+        axis.axhline(level, color=grey, linestyle="--", label="real rows: distance, from a start 0.1 off")
         axis.set_yscale("log")
         axis.set_xticks(steps)
         axis.set_xlabel("step of the rollout (its first action is real)")
@@ -850,26 +878,32 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for audit.json and audit.png")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
     options = parser.parse_args()
-    for name in ("rows", "inverse", "neighbours", "rollouts", "threads"):
-        if getattr(options, name) < 2 - (name == "threads"):
-            parser.error(f"--{name} {getattr(options, name)} must be {2 - (name == 'threads')} or more")
-    if options.pairs < 0 or (options.ensemble_updates or 0) < 0:
-        parser.error("--pairs and --ensemble-updates must be 0 or more")
+    for names, least in (
+        ("rows", 100),
+        ("inverse neighbours rollouts", 2),
+        ("threads", 1),
+        ("pairs ensemble_updates", 0),
+    ):
+        check_range(options, least, math.inf, names)
     torch.set_num_threads(options.threads)
     started = time.monotonic()
-    try:
-        subject = find(options.subject, options.data_path)
-        result = audit(subject, options)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    result["seconds"] = round(time.monotonic() - started, 1)
+    subject = find(options.subject, options.data_path)
     out = options.out or subject.out
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be made a folder ({error.strerror}); give another")
+    result = audit(subject, options)
+    result["seconds"] = round(time.monotonic() - started, 1)
     print(table(result))
-    write_text_whole(out / "audit.json", json.dumps(result, indent=1) + "\n")
+    write_text_whole(out / "audit.json", json.dumps(plain(result), indent=1, allow_nan=False) + "\n")
     plot(result, out / "audit.png")
     print(f"\n{out / 'audit.json'}, {out / 'audit.png'}; {result['seconds']} s")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

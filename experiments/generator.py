@@ -69,7 +69,7 @@ def make(robot: str, name: str, out: Path) -> None:
 def figures(audit: dict) -> dict[str, float]:
     """What the table shows: the first step, and the mean over the seven imagined ones after it."""
     steps, calibrated = audit["synthetic"]["steps"], audit["calibration"]["world model"]
-    action, near = audit["action"], audit["neighbours"]["steps"]
+    action = audit["action"]
 
     def later(values):
         return float(np.mean(list(values)[1:]))
@@ -79,11 +79,9 @@ def figures(audit: dict) -> dict[str, float]:
         "steps 1-7": later(step["state"]["median"] for step in steps),
         "99 %, steps 1-7": later(step["state"]["99"] for step in steps),
         "no action explains, 1-7": later(step["median"] for step in action["unexplained"]),
-        "action error, 1-7": later(step["median"] for step in action["error"]),
         "reward error, 0": steps[0]["reward"]["median"],
         "marginals, 1-7": later(step["marginals"] for step in audit["likeness"]["synthetic"]),
         "correlations, 1-7": later(step["correlations"] for step in audit["likeness"]["synthetic"]),
-        "neighbours, 1-7": later(step["median"] for step in near),
         "CRPS, step 1": calibrated["crps"][0],
         "CRPS, step 8": calibrated["crps"][-1],
         "spread / error, 1": calibrated["spread"][0] / calibrated["error"][0],
@@ -98,28 +96,29 @@ def tell(robots: list[str], out: Path, picture: Path) -> None:
         for name in SETTINGS:
             slug = name.lower().replace(", ", "_").replace(" ", "")
             if audits := sorted(out.glob(f"local-{robot}-medium-v0__{slug}__0__*/audit.json")):
-                found.setdefault(robot, {})[name] = figures(json.loads(audits[-1].read_text()))
+                content = json.loads(audits[-1].read_text())
+                if content["calibration"] is None:
+                    sys.exit(f"{audits[-1]} has no calibration: {content['no_calibration']}")
+                found.setdefault(robot, {})[name] = figures(content)
+    if not found:
+        sys.exit(f"no audited run in {out}; run without --table first")
+    picture.parent.mkdir(parents=True, exist_ok=True)
     for robot, rows in found.items():
         heads = list(next(iter(rows.values())))
         print(f"\n| {robot} | " + " | ".join(heads) + " |\n|" + "---|" * (len(heads) + 1))
         for name, row in rows.items():
             print(f"| {name} | " + " | ".join(f"{value:.3g}" for value in row.values()) + " |")
     picture.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-    shown = [
-        "state error, step 0",
-        "steps 1-7",
-        "action error, 1-7",
-        "CRPS, step 1",
-        "CRPS, step 8",
-        "spread / error, 8",
-    ]
+    shown = ["state error, step 0", "steps 1-7", "no action explains, 1-7", "CRPS, step 1", "CRPS, step 8"]
+    shown += ["spread / error, 8"]
     figure, axes = plt.subplots(1, len(shown), figsize=(16, 5), sharey=True)
     for axis, head in zip(axes, shown, strict=True):
-        for robot, marker, color in zip(found, "os", ("#1f77b4", "#ff7f0e"), strict=False):
+        for robot, marker, color in zip(found, "os^", ("#1f77b4", "#ff7f0e", "#2ca02c"), strict=False):
             names = [name for name in SETTINGS if name in found[robot]]
             place = [list(SETTINGS).index(name) for name in names]
             axis.plot([found[robot][name][head] for name in names], place, marker, color=color, label=robot)
-            axis.axvline(found[robot]["laptop"][head], color=color, linewidth=0.8, linestyle="--")
+            if "laptop" in found[robot]:
+                axis.axvline(found[robot]["laptop"][head], color=color, linewidth=0.8, linestyle="--")
         axis.set_xscale("log")
         axis.set_title(head, fontsize=10)
         axis.grid(alpha=0.3)

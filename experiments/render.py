@@ -1,9 +1,11 @@
 """What a world model imagined beside what the simulator does, as a GIF: python experiments/render.py RUN|SYNTHETIC_SET
 
-RUN is the folder of a run that kept a synthetic set (dawm_td3bc.py, dawm_iql.py), SYNTHETIC_SET that of the set itself.
+RUN is the folder of a run that kept a synthetic set (dawm_td3bc.py, dawm_iql.py, joint_td3bc.py), SYNTHETIC_SET that of
+the set itself.
 
 Left: MuJoCo, from the rollout's first state, which is real, with the rollout's actions. The first action is real, the
-others are inferred. It never sees an imagined state, so that errors of both models add up over the steps.
+others are inferred or, by joint_td3bc.py, generated. It never sees an imagined state, so that errors of states and
+actions add up over the steps.
 Right: the imagined states, set into the same simulator.
 Below: the root mean square over the state's dimensions of imagined minus simulated, in standard deviations of the real
 data. The bar's scale is the same for all GIFs.
@@ -107,7 +109,7 @@ def read_source(path: Path) -> Source:
         if "synthesis" not in stages:
             raise UserError(
                 f"{path} kept no synthetic set (its stages: {', '.join(stages) or 'none'}); give a run of "
-                "dawm_td3bc.py or dawm_iql.py with --synthesis dataset"
+                "dawm_td3bc.py, dawm_iql.py or joint_td3bc.py with --synthesis dataset"
             )
         path = Path(content["cwd"]) / stages["synthesis"]
         if not path.exists():
@@ -336,7 +338,7 @@ class Sheet:
             draw.text((x, y), words, fill=fill, font=self.fonts[font], anchor=anchor)
 
         titles = (
-            ("Simulator", "what the inferred actions really do"),
+            ("Simulator", "what the rollout's actions really do"),
             ("World model", "what it imagined from the same start"),
         )
         for side, (title, meaning) in enumerate(titles):
