@@ -119,7 +119,7 @@ def tell(robots: list[str], out: Path, picture: Path) -> None:
             axis.plot([found[robot][name][head] for name in names], place, marker, color=color, label=robot)
             if "laptop" in found[robot]:
                 axis.axvline(found[robot]["laptop"][head], color=color, linewidth=0.8, linestyle="--")
-        axis.set_xscale("log")
+        axis.set_xlim(left=0)
         axis.set_title(head, fontsize=10)
         axis.grid(alpha=0.3)
         axis.tick_params(labelsize=8, which="both")
