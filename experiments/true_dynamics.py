@@ -16,32 +16,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import mujoco
 import numpy as np
 import torch
 import torch.nn.functional as F
-from mujoco import rollout
 from safetensors.torch import load_file
 
 from common.data import load_dataset
-from common.evaluation import Evaluator, make_env, score_report
+from common.evaluation import Evaluator, Stepper, score_report
 from common.run import Run
 from dawm_td3bc import LAPTOP, Args, has_fallen, mlp, real_transitions, train_agent
 
 
 def simulate(obs: np.ndarray, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Hopper's next obs [N, 11] and reward [N] from obs and action, with D4RL's physics; velocities clip at 10."""
-    env = make_env("Hopper-v4", "d4rl").unwrapped
-    size = mujoco.mj_stateSize(env.model, mujoco.mjtState.mjSTATE_FULLPHYSICS)
-    state = np.zeros((len(obs), size))  # time, x position, then what obs shows
-    state[:, 2:] = obs
-    data, ends = mujoco.MjData(env.model), []
+    """Hopper's next obs [N, 11] and reward [N] from obs and action, with D4RL's physics."""
+    stepper, ends = Stepper("Hopper-v4", "d4rl", threads=1), []
     for part in np.array_split(np.arange(len(obs)), max(1, len(obs) // 20_000)):
-        control = np.repeat(action[part, None].astype(np.float64), env.frame_skip, axis=1)
-        ends.append(rollout.rollout(env.model, data, state[part], control)[0][:, -1])
-    end = np.concatenate(ends)
-    reward = 1 + end[:, 1] / env.dt - 1e-3 * np.square(action).sum(1)  # alive, forward, control cost
-    return np.concatenate([end[:, 2:7], end[:, 7:].clip(-10, 10)], axis=1), reward
+        ends.append(stepper(obs[part], action[part])[:2])
+    return tuple(map(np.concatenate, zip(*ends, strict=True)))
 
 
 def cloned_pairs(dataset, copies: int, noise: float) -> tuple[torch.Tensor, torch.Tensor]:
