@@ -106,6 +106,8 @@ def find(path: Path, data_path: Path | None) -> Subject:
             args, world_model = {**args, **content["depends"]["args"]}, manifest.parent
             same = [m for m in modules if code_of(m) == content["depends"]["source"]]
             module, why = (same[0], "") if same else (module, f"{world_model} was made by other code than is here now")
+            if same:  # else another folder may hold the same weights, from other code
+                break
     why = why if world_model else f"the world model is no longer in {source.folder.parent}"
     if data_path is None and args.get("data_path") not in (None, "None"):
         data_path = Path(source.run_content["cwd"]) / args["data_path"]

@@ -1,6 +1,7 @@
 """experiments/audit.py: the instrument against known errors, known actions, known distributions; and its command."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -228,6 +229,24 @@ def test_a_run_and_its_set_give_the_same_audit(toy_run):
     assert again.returncode == 0, again.stderr[-2000:]
     second = json.loads((toy_run / "out/audit.json").read_text())
     assert second["synthetic"] == found["synthetic"] and second["calibration"].keys() == found["calibration"].keys()
+
+
+def test_a_world_model_of_other_code_is_not_sampled_with_this(toy_run, tmp_path):
+    """Its calibration is refused with a word, unless the same weights stand there under today's code too."""
+    folder = tmp_path / "stages"
+    shutil.copytree(toy_run / "stages", folder)
+    made, today = next(folder.glob("synthesis-*[!k]")), next(folder.glob("world_model-*[!k]"))
+    shutil.copytree(today, folder / "world_model-0")
+    shutil.copytree(today, folder / "world_model-z")
+    for name in ("world_model-0", "world_model-z"):
+        content = json.loads((folder / name / "manifest.json").read_text())
+        content["depends"]["source"] = "of another day"
+        (folder / name / "manifest.json").write_text(json.dumps(content))
+    subject = audit.find(made, toy_run / "data.hdf5")
+    assert (subject.world_model, subject.why) == (today, "") and subject.module is dawm_td3bc
+    shutil.rmtree(today)
+    subject = audit.find(made, toy_run / "data.hdf5")
+    assert subject.world_model is None and "was made by other code than is here now" in subject.why
 
 
 def test_an_exact_set_has_no_error(toy_run, tmp_path):
