@@ -843,9 +843,10 @@ def plot(result: dict, path: Path) -> None:
         axes[2, 0].set_ylim(bottom=0)
         axes[2, 0].set_title("CRPS of next states and rewards, sd: lower is better", fontsize=10)
         axes[2, 1].set_title("spread (dotted) should equal the error (solid)", fontsize=10)
+        axes[2, 1].set_ylim(bottom=0)
         for axis in axes[2, :2]:
             axis.set_xlabel("rollout step")
-            axis.legend(fontsize=7)
+            axis.legend(fontsize=7, loc="upper left")
         for name, color in styles.items():
             ranks = np.sum(calibrated[name]["ranks"], axis=0).astype(float)
             place = (np.arange(len(ranks)) + 0.5) / len(ranks)
