@@ -51,7 +51,7 @@ from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
-from common import UserError
+from common import UserError, tell
 from common.data import OfflineDataset, load_dataset
 from common.evaluation import Stepper
 from common.run import check_range, write_text_whole, write_whole
@@ -905,8 +905,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    tell(main)

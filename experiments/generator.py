@@ -41,10 +41,15 @@ SETTINGS = {  # name: flags beside --laptop
 ROLLOUTS = "--horizon 7 --conditioning-subsample 8 --agent-updates 1 --eval-episodes 1"
 
 
+def slug(name: str) -> str:
+    """A setting's name in the names of its runs."""
+    return name.lower().replace(", ", "_").replace(" ", "")
+
+
 def make(robot: str, name: str, out: Path) -> None:
     """The set and its audit, unless they are there."""
-    slug = name.lower().replace(", ", "_").replace(" ", "")
-    if list(out.glob(f"local-{robot}-medium-v0__{slug}__0__*/audit.json")):
+    run_name = slug(name)
+    if list(out.glob(f"local-{robot}-medium-v0__{run_name}__0__*/audit.json")):
         return
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [
@@ -56,11 +61,11 @@ def make(robot: str, name: str, out: Path) -> None:
         "--run-dir",
         str(out),
     ]
-    command += ["--exp-name", slug, *ROLLOUTS.split(), *SETTINGS[name].split()]
+    command += ["--exp-name", run_name, *ROLLOUTS.split(), *SETTINGS[name].split()]
     print(f"{robot}, {name}", flush=True)
-    with open(out / f"{robot}-{slug}.log", "w") as log:
+    with open(out / f"{robot}-{run_name}.log", "w") as log:
         subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=True)
-        run = max(out.glob(f"local-{robot}-medium-v0__{slug}__0__*/summary.txt")).parent
+        run = max(out.glob(f"local-{robot}-medium-v0__{run_name}__0__*/summary.txt")).parent
         command = [sys.executable, "experiments/audit.py", str(run), "--threads", "1", "--ensemble-updates", "0"]
         command += ["--rows", "50000", "--neighbours", "500", "--inverse", "2048"]
         subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=True)
@@ -94,8 +99,7 @@ def tell(robots: list[str], out: Path, picture: Path) -> None:
     found = {}
     for robot in robots:
         for name in SETTINGS:
-            slug = name.lower().replace(", ", "_").replace(" ", "")
-            if audits := sorted(out.glob(f"local-{robot}-medium-v0__{slug}__0__*/audit.json")):
+            if audits := sorted(out.glob(f"local-{robot}-medium-v0__{slug(name)}__0__*/audit.json")):
                 content = json.loads(audits[-1].read_text())
                 if content["calibration"] is None:
                     sys.exit(f"{audits[-1]} has no calibration: {content['no_calibration']}")

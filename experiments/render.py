@@ -33,13 +33,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import matplotlib
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from common import UserError
+from common import UserError, tell
 from common.data import load_dataset
+from common.export import rollout_lengths
 from common.run import check_range, write_whole
 
 # MuJoCo reads MUJOCO_GL when it is imported, so whatever imports it (common.evaluation too) waits for choose_renderer.
@@ -134,11 +136,9 @@ def read_source(path: Path) -> Source:
 
 
 def first_rows(rows: np.ndarray, obs_dim: int, horizon: int) -> np.ndarray:
-    """Numbers of the rows that begin a rollout: obs is not the next_obs before it, that was an end, or it was full."""
-    new = np.ones(len(rows), bool)
-    new[1:] = (rows[1:, :obs_dim] != rows[:-1, -1 - obs_dim : -1]).any(1) | (rows[:-1, -1] > 0)
-    chain = np.maximum.accumulate(np.where(new, np.arange(len(rows)), 0))
-    return np.flatnonzero((np.arange(len(rows)) - chain) % (horizon + 1) == 0)
+    """Numbers of the rows [M, row_dim], float32, that begin a rollout."""
+    lengths = rollout_lengths(torch.from_numpy(rows), obs_dim, horizon + 1)
+    return np.cumsum(lengths) - lengths
 
 
 @dataclass
@@ -471,8 +471,4 @@ def main(words: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    tell(main)

@@ -15,7 +15,7 @@ import tyro
 from minari.storage import get_dataset_path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import UserError
+from common import UserError, tell
 from common.data import KNOWN, OfflineDataset, load_dataset
 from common.evaluation import REFERENCE_RETURNS
 from local_datasets import collect
@@ -180,8 +180,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    tell(main, tyro.cli(Args))

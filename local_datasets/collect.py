@@ -38,7 +38,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import UserError
+from common import UserError, tell
 from common.evaluation import REFERENCE_RETURNS, make_env
 from local_datasets.train_behavior import BEHAVIOR_DIR, POLICY_FORMAT, SIMULATOR, Actor, as_policy, read_sums
 
@@ -279,8 +279,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    tell(main, tyro.cli(Args))
