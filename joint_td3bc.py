@@ -71,6 +71,8 @@ class Args:
     """auto takes a GPU if there is one"""
     threads: int = 0
     """CPU threads of torch; 0 leaves torch's own choice. CPU results depend on it in the last digits"""
+    tf32: bool = False
+    """on a GPU, products and convolutions of 10 mantissa bits instead of 23: faster; what it costs is not measured"""
     run_dir: Path = Path("runs")
     """each run makes a folder of its own in here"""
     exp_name: str = Path(__file__).stem
@@ -431,34 +433,26 @@ def posterior_coefficients(alpha_bar: torch.Tensor, steps: list[int]) -> list[tu
 
 
 # Copied from dawm_td3bc.py
-def taps(length: int, batch: int) -> list[tuple[int, slice, slice]]:
-    """Of a convolution's 5 taps: number, rows that it reads and rows that it adds to; a token is `batch` rows."""
-    reach = [(tap, max(0, tap - 2), max(0, 2 - tap)) for tap in range(5)]
-    rows = length * batch
-    return [(tap, slice(a * batch, rows - b * batch), slice(b * batch, rows - a * batch)) for tap, a, b in reach]
-
-
-# Copied from dawm_td3bc.py
 class TapProducts(torch.autograd.Function):
-    """Convolution of x [L, B, in] with weight [5, in, out] and bias [out] -> [L, B, out], one product for each tap."""
+    """x [L * B, in], weight [5, in, out], bias -> [L * B, out]; `reach`: rows each tap reads, rows it adds to."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
+    def forward(ctx, x, weight, bias, reach):
         ctx.save_for_backward(x, weight)
-        out = bias.repeat(len(x) * x.shape[1], 1)
-        for tap, read, add in taps(*x.shape[:2]):
-            out[add].addmm_(x.flatten(0, 1)[read], weight[tap])
-        return out.view(*x.shape[:2], -1)
+        ctx.reach, out = reach, bias.expand(len(x), -1).contiguous()
+        for tap, (read, add) in zip(weight, reach, strict=True):
+            out[add].addmm_(x[read], tap)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        (x, weight), grad = ctx.saved_tensors, grad.flatten(0, 1)
-        flat, grad_x, grad_weight = x.flatten(0, 1), torch.zeros_like(x), torch.zeros_like(weight)
-        for tap, read, add in taps(*x.shape[:2]):
-            grad_x.flatten(0, 1)[read].addmm_(grad[add], weight[tap].T)
-            torch.mm(flat[read].T, grad[add], out=grad_weight[tap])
-        return grad_x, grad_weight, grad.sum(0)
+        x, weight = ctx.saved_tensors
+        grad_x, grad_weight = torch.zeros_like(x), torch.empty_like(weight)
+        for tap, grad_tap, (read, add) in zip(weight, grad_weight, ctx.reach, strict=True):
+            grad_x[read].addmm_(grad[add], tap.T)
+            torch.mm(x[read].T, grad[add], out=grad_tap)  # zeros where a tap reads nothing
+        return grad_x, grad_weight, grad.sum(0), None
 
 
 # Copied from dawm_td3bc.py
@@ -477,7 +471,11 @@ class TemporalConv(nn.Module):
     def forward(self, x):
         if x.is_cuda:  # one kernel instead of five; not measured
             return F.conv1d(x.permute(1, 2, 0), self.weight.permute(2, 1, 0), self.bias, padding=2).permute(2, 0, 1)
-        return TapProducts.apply(x.contiguous(), self.weight, self.bias)
+        length, batch, _ = x.shape
+        skipped = ((0, 2), (0, 1), (0, 0), (1, 0), (2, 0))  # tokens that a tap does not read: first ones, last ones
+        reach = [(slice(a * batch, (length - b) * batch), slice(b * batch, (length - a) * batch)) for a, b in skipped]
+        out = TapProducts.apply(x.flatten(0, 1).contiguous(), self.weight, self.bias, reach)
+        return out.view(length, batch, -1)
 
 
 # Copied from dawm_td3bc.py
@@ -837,7 +835,7 @@ def synthesize(args: Args, synthesizer: Synthesizer, run: Run) -> torch.Tensor:
     obs_dim, action_dim = synthesizer.world_model.obs_dim, synthesizer.windows.action.shape[1]
     stored = RowFile(run, "synthesis", 2 * obs_dim + action_dim + 2)
     made = {"at_bounds": 0.0, "falls": 0.0}
-    with run.stage("synthesis", len(chosen), "pair", (made, stored)) as stage:
+    with torch.inference_mode(), run.stage("synthesis", len(chosen), "pair", (made, stored)) as stage:
         for index in stage.over(chosen.split(args.synthesis_batch_size)):
             rows, valid = synthesizer(index)
             stored.append(rows[valid])

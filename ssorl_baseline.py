@@ -68,6 +68,8 @@ class Args:
     """auto takes a GPU if there is one"""
     threads: int = 0
     """CPU threads of torch; 0 leaves torch's own choice. CPU results depend on it in the last digits"""
+    tf32: bool = False
+    """on a GPU, products and convolutions of 10 mantissa bits instead of 23: faster; what it costs is not measured"""
     run_dir: Path = Path("runs")
     """each run makes a folder of its own in here"""
     exp_name: str = Path(__file__).stem

@@ -1,14 +1,16 @@
 """Other implementations' own code, for speed.py, each unchanged.
 
-d3rlpy and the einops that two of the others import come from the environment of `make peers`. Repositories are looked
-for under PEERS_DIR, by their names (git clone, any recent commit):
+d3rlpy, JAX and the einops that two of the others import come from the environment of `make peers`. Repositories are
+looked for under PEERS_DIR, by their names (git clone, any recent commit):
 
-    jannerm/diffuser, anuragajay/decision-diffuser, corl-team/CORL, sfujim/TD3_BC, gwthomas/IQL-PyTorch
+    jannerm/diffuser, anuragajay/decision-diffuser, corl-team/CORL, sfujim/TD3_BC, gwthomas/IQL-PyTorch,
+    nissymori/JAX-CORL
 
 What they import and no hot loop needs (d4rl, gym, wandb, pyrallis, a logger) is replaced by empty modules. Their
 published hyperparameters; the networks of decision-diffuser and diffuser get the width, levels and batch of the loop.
 decision-diffuser conditions on the return and trains its small inverse dynamics in the same update, diffuser conditions
-on nothing and generates actions among its channels. One gradient per update, no accumulation.
+on nothing and generates actions among its channels. One gradient per update, no accumulation. JAX-CORL compiles eight
+updates into one call; TD3+BC's critics and IQL's value have layer norm there.
 """
 
 import argparse
@@ -218,6 +220,30 @@ def iql_pytorch() -> None:
         agent.update(**util.sample_batch(data, 256))
 
 
+def jax_corl(loop: str, threads: int, device: str) -> None:
+    # XLA takes as many threads as the process may use cores, whatever OMP_NUM_THREADS says.
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    os.environ["JAX_PLATFORMS"] = device
+    import jax
+    import jax.numpy as jnp
+
+    without("d4rl", "gym", "wandb", "omegaconf")
+    sys.modules["omegaconf"].OmegaConf = types.SimpleNamespace(from_cli=dict)
+    sys.argv = sys.argv[:1]
+    sys.path.insert(0, str(repository("JAX-CORL") / "algos"))
+    module = importlib.import_module("iql" if loop == "D" else "td3bc")
+    columns = {name: jnp.asarray(column) for name, column in transitions().items()}
+    columns["dones"] = columns.pop("terminals")
+    data = module.Transition(**columns, **({"dones_float": columns["dones"]} if loop == "D" else {}))
+    create = module.create_iql_train_state if loop == "D" else module.create_td3bc_train_state
+    state = create(jax.random.PRNGKey(0), data.observations[0], data.actions[0], module.config)
+    agent = module.IQL() if loop == "D" else module.TD3BC()
+    update, rng = jax.jit(agent.update_n_times, static_argnums=(3,)), jax.random.PRNGKey(1)
+    for _ in metered(range(FOREVER), lambda _: module.config.n_jitted_updates):
+        rng, key = jax.random.split(rng)
+        state, _ = jax.block_until_ready(update(state, data, key, module.config))
+
+
 def d3rlpy_agent(loop: str) -> None:
     import d3rlpy
     from peers import build
@@ -252,6 +278,8 @@ def main() -> None:
         td3_bc()
     elif name == "IQL-PyTorch":
         iql_pytorch()
+    elif name == "JAX-CORL":
+        jax_corl(loop, options.threads, options.device)
     elif name == "d3rlpy":
         sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
         d3rlpy_agent(loop)

@@ -68,11 +68,11 @@ PEERS = {  # what peers_code.py knows to run, by loop
     "A128": ("decision-diffuser", "diffuser"),
     "B": ("decision-diffuser",),
     "B128": ("decision-diffuser",),
-    "C": ("d3rlpy", "CORL", "TD3_BC"),
-    "D": ("d3rlpy", "CORL", "IQL-PyTorch"),
+    "C": ("d3rlpy", "CORL", "TD3_BC", "JAX-CORL"),
+    "D": ("d3rlpy", "CORL", "IQL-PyTorch", "JAX-CORL"),
     "E": ("CORL",),
 }
-OTHER_PACKAGES = ("d3rlpy", "decision-diffuser", "diffuser")  # need what is not in our environment
+OTHER_PACKAGES = ("d3rlpy", "decision-diffuser", "diffuser", "JAX-CORL")  # need what is not in our environment
 UNET = dict(unet_multipliers=(1, 4, 8), model_horizon=6, horizon=6)  # 8 tokens
 FOREVER = 10**9
 

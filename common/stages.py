@@ -63,11 +63,12 @@ def stage_source(function) -> tuple[str, list[str]]:
 def depends(run, name: str, function, inputs) -> tuple[dict, str]:
     """All that the result of a stage depends on, and a folder's name for it: the stage's name and a hash of that."""
     source, fields = stage_source(function)
+    device = f"cpu with {torch.get_num_threads()} threads" if run.device.type == "cpu" else run.device.type
     content = {
         "source": hashlib.sha256(source.encode()).hexdigest(),
         "args": {field: getattr(run.args, field) for field in fields},
         "inputs": {stage: run.fingerprints[stage] for stage in inputs},
-        "device": f"cpu with {torch.get_num_threads()} threads" if run.device.type == "cpu" else run.device.type,
+        "device": device + (" with tf32" if run.args.tf32 and run.device.type == "cuda" else ""),
     }
     content = json.loads(json.dumps(content, default=str))  # as it will be read back
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -19,6 +19,7 @@ import speed
 import dawm_iql
 import dawm_td3bc
 from common.evaluation import Evaluator, make_env
+from common.run import Run
 from dawm_td3bc import Args, InverseDynamics, TemporalConv, TemporalNorm, TemporalUNet, Windows, WorldModel, mish
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -179,6 +180,43 @@ def test_compile_changes_nothing_but_rounding():
         found.append({name: p.grad for name, p in world_model.named_parameters() if p.grad is not None})
     assert (losses[0] - losses[1]).abs() < 1e-5 and found[0].keys() == found[1].keys()
     close(list(found[0].values()), list(found[1].values()), 1e-4)
+
+
+def linear_score(folder: Path, seed: int, compiled: bool) -> float:
+    """DAWM-TD3BC on the linear system: the mean return of its actor over 30 steps from 64 states."""
+    args = Args(
+        **{**TINY, "unet_width": 8, "unet_multipliers": (1,)}, horizon=1, model_horizon=1, compile=compiled,
+        run_dir=folder / "runs", stage_dir=folder / "stages", seed=seed, world_model_seed=seed, idm_seed=seed,
+        prediction="x0", world_model_steps=400, world_model_lr=5e-3, ema_decay=0.9, ema_start=0, idm_steps=400,
+        idm_width=32, idm_lr=3e-3, target_return="own", log_every=100, agent_updates=120, agent_lr=1e-3, tau=0.05,
+        bc_alpha=10.0, gamma=0.9,
+    )  # fmt: skip
+    run, dataset = Run(args), linear_dataset()
+    run.open()
+    run.fingerprints["data"] = "test"
+    windows = Windows(args, dataset, run.device)
+    world_model = dawm_td3bc.train_world_model(args, windows, run)
+    inverse_dynamics = dawm_td3bc.train_inverse_dynamics(args, windows, run)
+    synthesizer = dawm_td3bc.Synthesizer(args, "linear", windows, world_model, inverse_dynamics)
+    rows = dawm_td3bc.synthesize(args, synthesizer, run)
+    run.seed("agent", seed)
+    agent = dawm_td3bc.TD3BC(args, windows.obs, 2)
+    for update in range(args.agent_updates):
+        agent.update(rows[torch.randint(len(rows), (256,))], update % 2 == 1)
+    obs, total = torch.rand(64, 2, generator=torch.Generator().manual_seed(1)) * 2 - 1, 0.0
+    for _ in range(30):
+        total += obs[:, 0].mean().item()
+        with torch.no_grad():
+            obs = 0.9 * obs + 0.3 * agent.actor(obs)
+    return total
+
+
+def test_compile_does_not_change_the_score_beyond_what_seeds_do(tmp_path):
+    scores = [linear_score(tmp_path / str(seed), seed, False) for seed in range(3)]
+    compiled = linear_score(tmp_path / "compiled", 0, True)
+    noise = max(max(scores) - min(scores), 0.5)  # seeds differ by less than a hundredth of what they reach, 61.9
+    assert min(scores) > 60, scores  # random actions return 0, actions of 1 throughout 61.2 and the mean first state
+    assert abs(compiled - scores[0]) < noise, (compiled, scores)
 
 
 def test_the_benchmark_runs(tmp_path):

@@ -18,7 +18,7 @@ import torch
 import dawm_td3bc as script
 from common import UserError
 from common.run import Run
-from common.stages import Kept, RowFile, stage_source
+from common.stages import Kept, RowFile, depends, stage_source
 from dawm_td3bc import Args
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -178,6 +178,20 @@ def test_the_synthesis_depends_on_what_is_asked_of_the_models_and_not_on_the_age
 def test_every_field_that_a_stage_reads_is_an_argument():
     for stage in (script.train_world_model, script.train_inverse_dynamics, script.synthesize):
         assert set(stage_source(stage)[1]) <= vars(Args()).keys()
+
+
+def test_tf32_makes_another_result_on_a_gpu_alone():
+    def key(device, tf32):
+        run = SimpleNamespace(device=torch.device(device), args=Args(tf32=tf32), fingerprints={})
+        return depends(run, "idm", script.mlp, ())[1]
+
+    assert key("cpu", True) == key("cpu", False) and key("cuda", True) != key("cuda", False)
+
+
+@pytest.mark.parametrize(("tf32", "precision"), [(False, "ieee"), (True, "tf32")])
+def test_tf32_is_set_for_products_and_convolutions(tmp_path, tf32, precision):
+    Run(Args(run_dir=tmp_path, device="cpu", tf32=tf32))
+    assert torch.backends.cuda.matmul.fp32_precision == torch.backends.cudnn.conv.fp32_precision == precision
 
 
 # ---- Keep and find
@@ -407,6 +421,8 @@ class Args:
     device: str = "cpu"
     """."""
     threads: int = 1
+    """."""
+    tf32: bool = False
     """."""
     track: bool = False
     """."""
