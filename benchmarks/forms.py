@@ -2,8 +2,8 @@
 
     python benchmarks/forms.py
 
-Convolutions of 5 taps, group norm and Mish on windows of L tokens, batch 64, as in the U-Net; Adam on the parameters of
-two critics; the product of their hidden layers. Within a group the forms take turns.
+Convolutions of 5 taps and of stride 2, group norm and Mish on windows of L tokens, batch 64, as in the U-Net; Adam on
+the parameters of two critics; the product of their hidden layers. Within a group the forms take turns.
 """
 
 import argparse
@@ -45,6 +45,69 @@ class Slices(TemporalConv):
         return out
 
 
+class AllTokens(TemporalConv):
+    """One product of all tokens with all tokens, its matrix put together from the taps."""
+
+    def forward(self, x):
+        length, batch, channels = x.shape
+        tap = torch.arange(length)[:, None] - torch.arange(length) + 2  # from input token i to output token j
+        taps = F.pad(self.weight, (0, 0, 0, 0, 0, 1))  # the sixth is 0
+        blocks = taps.index_select(0, tap.where((tap >= 0) & (tap < 5), 5).flatten()).view(length, length, channels, -1)
+        matrix = blocks.transpose(1, 2).reshape(length * channels, -1)
+        out = torch.addmm(self.bias.repeat(length), x.transpose(0, 1).reshape(batch, -1), matrix)
+        return out.view(batch, length, -1).transpose(0, 1)
+
+
+class Shorten(nn.Conv1d):
+    """The U-Net's convolution of stride 2 as one product, x [L, B, C]."""
+
+    def forward(self, x):
+        windows = F.pad(x, (0, 0, 0, 0, 1, 1)).unfold(0, 3, 2)
+        return F.linear(windows.flatten(2), self.weight.flatten(1), self.bias)
+
+
+class Strided(nn.Conv1d):
+    """The same as it stands in the U-Net."""
+
+    def forward(self, x):
+        return super().forward(x.permute(1, 2, 0)).permute(2, 0, 1)
+
+
+class NormMishFunction(torch.autograd.Function):
+    """Group norm and Mish in one, both passes by hand; `spread` [groups, C] is 1 where a channel is in a group."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, spread):
+        average = spread.T / (x.numel() / (x.shape[1] * len(spread)))
+        centred = x - (x.sum(0) @ average) @ spread
+        inverse = (centred.square().sum(0) @ average).add_(1e-5).rsqrt_() @ spread
+        y = torch.addcmul(bias, centred, inverse * weight)
+        root = y.clamp(max=20).exp_().add_(1)
+        z = root.square().add_(1).reciprocal_().mul_(2)
+        ctx.save_for_backward(centred, inverse, weight, spread, average, y, root, z)
+        return torch.addcmul(y, y, z, value=-1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        centred, inverse, weight, spread, average, y, root, z = ctx.saved_tensors
+        grad_y = (root * z).add_(z).neg_().add_(2).mul_(y).sub_(1).mul_(z).add_(1).mul_(grad)
+        total, along = grad_y.sum(0), (grad_y * centred).sum(0) * inverse
+        mean, slope = ((total * weight) @ average) @ spread, ((along * weight) @ average) @ spread
+        grad_x = torch.addcmul(mean * -inverse, grad_y, inverse * weight)
+        return grad_x.addcmul_(centred, slope * inverse.square(), value=-1), along.sum(0), total.sum(0), None
+
+
+class NormMish(nn.GroupNorm):
+    def forward(self, x):
+        spread = torch.eye(self.num_groups, dtype=x.dtype).repeat_interleave(x.shape[2] // self.num_groups, 1)
+        return NormMishFunction.apply(x, self.weight, self.bias, spread)
+
+
+class NormThenMish(TemporalNorm):
+    def forward(self, x):
+        return mish(super().forward(x))
+
+
 class BatchNormView(nn.GroupNorm):
     def forward(self, x):
         groups = x.reshape(len(x), -1, x.shape[2] // self.num_groups)
@@ -75,6 +138,7 @@ def groups():
             {
                 "nn.Conv1d": both_ways(nn.Conv1d(channels, channels, 5, padding=2), usual),
                 "shifts side by side": both_ways(Shifts(channels), x),
+                "all tokens to all tokens": both_ways(AllTokens(channels, channels), x),
                 "taps, autograd": both_ways(Slices(channels, channels), x),
                 "taps (ours)": both_ways(TemporalConv(channels, channels), x),
             },
@@ -88,6 +152,20 @@ def groups():
             },
         )
         yield f"Mish, {shape}", {"F.mish": both_ways(F.mish, x), "ours": both_ways(mish, x)}
+        yield (
+            f"group norm and Mish, {shape}",
+            {
+                "one after the other (ours)": both_ways(NormThenMish(8, channels), x),
+                "in one function": both_ways(NormMish(8, channels), x),
+            },
+        )
+        yield (
+            f"convolution of stride 2, {shape}",
+            {
+                "nn.Conv1d, permuted (ours)": both_ways(Strided(channels, channels, 3, stride=2, padding=1), x),
+                "one product": both_ways(Shorten(channels, channels, 3), x),
+            },
+        )
     sizes = [(256, 14), (256,), (256, 256), (256,), (1, 256), (1,)] * 2
 
     def adam(parameters, **kind):
@@ -116,6 +194,15 @@ def groups():
             "one batched product": lambda: torch.baddbmm(bias, x.expand(2, -1, -1), weight),
         },
     )
+    x, weight = torch.randn(256, 1024), torch.randn(1024, 1024)
+    yield (
+        "product of 256 rows, 1,024 channels",
+        {
+            "float32 (ours)": lambda: x @ weight,
+            "bfloat16": lambda half=(x.bfloat16(), weight.bfloat16()): half[0] @ half[1],
+            "bfloat16, cast before and after": lambda: (x.bfloat16() @ weight.bfloat16()).float(),
+        },
+    )
     rows = torch.randn(200_000, 27)
     yield (
         "drawing 256 of 200,000 rows",
@@ -130,6 +217,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=50)
     options = parser.parse_args()
+    torch.manual_seed(0)
     torch.set_num_threads(1)
     print("| step | form | microseconds |\n|---|---|---|")
     for title, forms in groups():

@@ -96,9 +96,34 @@ def test_forms_prints_a_row_for_each(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["forms.py", "--rounds", "1"])
     load("benchmarks/forms.py").main()
     rows = capsys.readouterr().out.splitlines()[2:]
-    assert len(rows) == 5 * (4 + 2 + 2) + 1 + 4 + 2 + 2 and all(
+    assert len(rows) == 5 * (5 + 2 + 2 + 2 + 2) + 1 + 4 + 2 + 3 + 2 and all(
         float(row.split("|")[3].replace(",", "")) > 0 for row in rows
     )
+
+
+def test_forms_are_forms_of_the_same():
+    """In float64, output and gradients; else their times would say nothing."""
+    forms = load("benchmarks/forms.py")
+    made = {
+        name: getattr(forms, name)(*sizes).double()
+        for name, sizes in {
+            "AllTokens": (16, 16), "Slices": (16, 16), "TemporalConv": (16, 16), "Shorten": (16, 16, 3),
+            "NormMish": (8, 16), "NormThenMish": (8, 16),
+        }.items()
+    }  # fmt: skip
+    made["Strided"] = forms.Strided(16, 16, 3, stride=2, padding=1).double()
+    groups = ("TemporalConv", "AllTokens", "Slices"), ("Strided", "Shorten"), ("NormThenMish", "NormMish")
+    for length in (1, 2, 5, 9):
+        x = torch.randn(length, 3, 16, dtype=torch.float64, requires_grad=True)
+        for first, *others in groups:
+            for other in others:
+                made[other].load_state_dict(made[first].state_dict())
+                ours, theirs = (
+                    (y := module(x), *torch.autograd.grad(y.sin().sum(), [x, *module.parameters()]))
+                    for module in (made[first], made[other])
+                )
+                for a, b in zip(ours, theirs, strict=True):
+                    assert torch.allclose(a, b, rtol=0, atol=1e-10), (other, length)
 
 
 def test_scaling_finds_the_exponents(tmp_path):
