@@ -46,17 +46,27 @@ def test_the_physics_differ_where_it_matters():
     assert np.abs(observations[0] - observations[1]).max() > 1e-3
 
 
+EVERYTHING = {"exclude_current_positions_from_observation": False}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize(
-    "simulator, physics", [("Hopper-v4", "d4rl"), ("HalfCheetah-v4", "stock"), ("Hopper-v5", "stock")]
-)
-def test_side_by_side_equals_one_environment_stepped(simulator, physics):
+    "simulator, physics, kwargs",
+    [
+        ("Hopper-v4", "d4rl", {}), ("Walker2d-v4", "d4rl", {}), ("HalfCheetah-v4", "stock", {}),
+        ("Hopper-v5", "stock", {"terminate_when_unhealthy": False}), ("Walker2d-v5", "stock", {"ctrl_cost_weight": 2}),
+        ("HalfCheetah-v5", "stock", {}), ("Hopper-v4", "stock", EVERYTHING), ("Pusher-v5", "stock", {}),
+    ],
+)  # fmt: skip
+def test_side_by_side_equals_one_environment_stepped(simulator, physics, kwargs, dtype):
     """Bit-identical returns, actions beyond the bounds clipped, falls and the time limit respected."""
     episodes, seed = 4, 11
 
     def policy(obs):  # deterministic, leaves the bounds, and falls at different times
-        return 1.5 * np.sin(3 * obs[:, :3].sum(1, keepdims=True) + np.arange(env.action_space.shape[0]))
+        action = 1.5 * np.sin(3 * obs[:, :3].sum(1, keepdims=True) + np.arange(env.action_space.shape[0]))
+        return action.astype(dtype)
 
-    env = make_env(simulator, physics)
+    env = make_env(simulator, physics, **kwargs)
     plain = []
     for episode in range(episodes):
         obs, _ = env.reset(seed=seed + episode)
@@ -66,7 +76,7 @@ def test_side_by_side_equals_one_environment_stepped(simulator, physics):
             obs, reward, terminated, truncated, _ = env.step(action)
             total, over = total + reward, terminated or truncated
         plain.append(total)
-    evaluator = Evaluator(simulator, physics, episodes)
+    evaluator = Evaluator(simulator, physics, episodes, kwargs)
     np.testing.assert_array_equal(evaluator(policy, seed), plain)
     np.testing.assert_array_equal(evaluator(policy, seed), plain)  # and again: no state is left over
 
