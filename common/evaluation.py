@@ -86,7 +86,7 @@ def _outcome(env, place, position, velocity, action) -> tuple[np.ndarray, np.nda
     `place` [n]: along the track, before the step; `position` [n, nq] and `velocity` [n, nv] after it.
     """
     healthy, reward = np.ones(len(place), bool), env._forward_reward_weight * ((position[:, 0] - place) / env.dt)
-    if hasattr(env, "is_healthy"):
+    if hasattr(env, "_healthy_z_range"):
         for value, (low, high) in ((1, env._healthy_z_range), (2, env._healthy_angle_range)):
             healthy &= (low < position[:, value]) & (position[:, value] < high)
         if hasattr(env, "_healthy_state_range"):
@@ -117,6 +117,8 @@ class Evaluator:
                 f"{simulator} has observations {shape} and a limit of {self.max_steps} steps, the data have {obs_dim} "
                 "dimensions; such data can be trained on, but not scored: use another --env-id"
             )
+        self.bare = [env.unwrapped for env in self.envs]  # the wrappers only check and count, at some cost
+        self.known = _is_known(self.bare[0])
 
     def __call__(self, policy, seed: int) -> np.ndarray:
         """Undiscounted returns [episodes]. policy maps obs [n, obs_dim] float32 to actions [n, action_dim].
@@ -138,17 +140,17 @@ class Evaluator:
 
     def _step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The running episodes' next obs, rewards and whether they ended."""
-        envs = [self.envs[i].unwrapped for i in self.running]  # the wrappers only check and count, at some cost
-        if not _is_known(envs[0]):
+        envs = [self.bare[i] for i in self.running]
+        if not self.known:
             steps = [env.step(action)[:3] for env, action in zip(envs, actions, strict=True)]
             return tuple(np.array(column) for column in zip(*steps, strict=True))
         # The physics alone: half of what env.step takes goes into contact forces and boxes that nobody looks at.
         place = np.array([env.data.qpos[0] for env in envs])
         for env, action in zip(envs, actions, strict=True):
-            env.data.ctrl[:] = action
-            mujoco.mj_step(env.model, env.data, nstep=env.frame_skip)
-        position, velocity = (np.array([getattr(env.data, name) for env in envs]) for name in ("qpos", "qvel"))
-        return _outcome(envs[0], place, position, velocity, actions)
+            env.data.ctrl = action
+            mujoco.mj_step(env.model, env.data, env.frame_skip)
+        position = np.array([env.data.qpos for env in envs])
+        return _outcome(envs[0], place, position, np.array([env.data.qvel for env in envs]), actions)
 
 
 class Stepper:
