@@ -438,12 +438,12 @@ def posterior_coefficients(alpha_bar: torch.Tensor, steps: list[int]) -> list[tu
 
 # Copied from dawm_td3bc.py
 class TapProducts(torch.autograd.Function):
-    """x [L * B, in], weight [5, in, out], bias -> [L * B, out]; `reach`: rows each tap reads, rows it adds to."""
+    """Convolution of x [L * B, in], time first, by weight [5, in, out]; `reach`: rows each tap reads and adds to."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, reach):
         ctx.save_for_backward(x, weight)
-        ctx.reach, out = reach, bias.expand(len(x), -1).contiguous()
+        ctx.reach, out = reach, x.new_empty(len(x), len(bias)).copy_(bias)
         for tap, (read, add) in zip(weight, reach, strict=True):
             out[add].addmm_(x[read], tap)
         return out
@@ -477,7 +477,8 @@ class TemporalConv(nn.Module):
             return F.conv1d(x.permute(1, 2, 0), self.weight.permute(2, 1, 0), self.bias, padding=2).permute(2, 0, 1)
         length, batch, _ = x.shape
         skipped = ((0, 2), (0, 1), (0, 0), (1, 0), (2, 0))  # tokens that a tap does not read: first ones, last ones
-        reach = [(slice(a * batch, (length - b) * batch), slice(b * batch, (length - a) * batch)) for a, b in skipped]
+        ends = [max(0, length - tokens) * batch for tokens in range(3)]
+        reach = [(slice(a * batch, ends[b]), slice(b * batch, ends[a])) for a, b in skipped]
         out = TapProducts.apply(x.flatten(0, 1).contiguous(), self.weight, self.bias, reach)
         return out.view(length, batch, -1)
 

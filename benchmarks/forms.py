@@ -7,6 +7,7 @@ the parameters of two critics; the product of their hidden layers. Within a grou
 """
 
 import argparse
+import functools
 import statistics
 import sys
 import time
@@ -45,14 +46,20 @@ class Slices(TemporalConv):
         return out
 
 
+@functools.cache
+def tap_between(length: int) -> torch.Tensor:
+    """Of each pair (input token, output token) the tap that joins them, 5 where none does."""
+    tap = torch.arange(length)[:, None] - torch.arange(length) + 2
+    return tap.where((tap >= 0) & (tap < 5), 5).flatten()
+
+
 class AllTokens(TemporalConv):
     """One product of all tokens with all tokens, its matrix put together from the taps."""
 
     def forward(self, x):
         length, batch, channels = x.shape
-        tap = torch.arange(length)[:, None] - torch.arange(length) + 2  # from input token i to output token j
         taps = F.pad(self.weight, (0, 0, 0, 0, 0, 1))  # the sixth is 0
-        blocks = taps.index_select(0, tap.where((tap >= 0) & (tap < 5), 5).flatten()).view(length, length, channels, -1)
+        blocks = taps.index_select(0, tap_between(length)).view(length, length, channels, -1)
         matrix = blocks.transpose(1, 2).reshape(length * channels, -1)
         out = torch.addmm(self.bias.repeat(length), x.transpose(0, 1).reshape(batch, -1), matrix)
         return out.view(batch, length, -1).transpose(0, 1)
@@ -73,12 +80,21 @@ class Strided(nn.Conv1d):
         return super().forward(x.permute(1, 2, 0)).permute(2, 0, 1)
 
 
+@functools.cache
+def group_matrices(shape: torch.Size, groups: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    length, _, channels = shape
+    spread = torch.eye(groups, dtype=dtype).repeat_interleave(channels // groups, 1)
+    return spread, spread.T / (length * channels / groups)
+
+
 class NormMishFunction(torch.autograd.Function):
-    """Group norm and Mish in one, both passes by hand; `spread` [groups, C] is 1 where a channel is in a group."""
+    """Group norm and Mish in one, both passes by hand; `spread` [groups, C] is 1 where a channel is in a group.
+
+    `average` [C, groups] sums over a group's channels and divides by its size, L channels.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, spread):
-        average = spread.T / (x.numel() / (x.shape[1] * len(spread)))
+    def forward(ctx, x, weight, bias, spread, average):
         centred = x - (x.sum(0) @ average) @ spread
         inverse = (centred.square().sum(0) @ average).add_(1e-5).rsqrt_() @ spread
         y = torch.addcmul(bias, centred, inverse * weight)
@@ -94,13 +110,12 @@ class NormMishFunction(torch.autograd.Function):
         total, along = grad_y.sum(0), (grad_y * centred).sum(0) * inverse
         mean, slope = ((total * weight) @ average) @ spread, ((along * weight) @ average) @ spread
         grad_x = torch.addcmul(mean * -inverse, grad_y, inverse * weight)
-        return grad_x.addcmul_(centred, slope * inverse.square(), value=-1), along.sum(0), total.sum(0), None
+        return grad_x.addcmul_(centred, slope * inverse.square(), value=-1), along.sum(0), total.sum(0), None, None
 
 
 class NormMish(nn.GroupNorm):
     def forward(self, x):
-        spread = torch.eye(self.num_groups, dtype=x.dtype).repeat_interleave(x.shape[2] // self.num_groups, 1)
-        return NormMishFunction.apply(x, self.weight, self.bias, spread)
+        return NormMishFunction.apply(x, self.weight, self.bias, *group_matrices(x.shape, self.num_groups, x.dtype))
 
 
 class NormThenMish(TemporalNorm):

@@ -113,7 +113,7 @@ def measure(options, device: torch.device) -> dict[str, dict[str, float]]:
     envs = {}
     players = {}
     for name, policy in contenders(options.scale, make_env(options.simulator, "d4rl"), device).items():
-        envs[name] = make_env(options.simulator, "d4rl").unwrapped  # as the scripts' evaluation steps it
+        envs[name] = make_env(options.simulator, "d4rl").unwrapped  # without the wrappers, which only check and count
         players[name] = Player(policy, envs[name])
         players[name].play(0.2, 50)
         players[name].decisions.clear(), players[name].steps.clear()

@@ -234,7 +234,9 @@ def jax_corl(loop: str, threads: int, device: str) -> None:
     module = importlib.import_module("iql" if loop == "D" else "td3bc")
     columns = {name: jnp.asarray(column) for name, column in transitions().items()}
     columns["dones"] = columns.pop("terminals")
-    data = module.Transition(**columns, **({"dones_float": columns["dones"]} if loop == "D" else {}))
+    if "dones_float" in module.Transition._fields:
+        columns["dones_float"] = columns["dones"]
+    data = module.Transition(**columns)
     create = module.create_iql_train_state if loop == "D" else module.create_td3bc_train_state
     state = create(jax.random.PRNGKey(0), data.observations[0], data.actions[0], module.config)
     agent = module.IQL() if loop == "D" else module.TD3BC()

@@ -80,12 +80,13 @@ def _is_known(env) -> bool:
     return known and env.observation_space.shape == (env.model.nq - 1 + env.model.nv,)
 
 
-def _outcome(env, place, position, velocity, action) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _outcome(env, x_before, position, velocity, action) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What env.step tells of a step: obs [n, obs_dim], reward [n], terminated [n], to the bit.
 
-    `place` [n]: along the track, before the step; `position` [n, nq] and `velocity` [n, nv] after it.
+    `x_before` [n]: place along the track before the step; `position` [n, nq] and `velocity` [n, nv] after it.
     """
-    healthy, reward = np.ones(len(place), bool), env._forward_reward_weight * ((position[:, 0] - place) / env.dt)
+    x_velocity = (position[:, 0] - x_before) / env.dt
+    healthy, reward = np.ones(len(x_before), bool), env._forward_reward_weight * x_velocity
     if hasattr(env, "_healthy_z_range"):
         for value, (low, high) in ((1, env._healthy_z_range), (2, env._healthy_angle_range)):
             healthy &= (low < position[:, value]) & (position[:, value] < high)
@@ -143,14 +144,16 @@ class Evaluator:
         envs = [self.bare[i] for i in self.running]
         if not self.known:
             steps = [env.step(action)[:3] for env, action in zip(envs, actions, strict=True)]
-            return tuple(np.array(column) for column in zip(*steps, strict=True))
-        # The physics alone: half of what env.step takes goes into contact forces and boxes that nobody looks at.
-        place = np.array([env.data.qpos[0] for env in envs])
+            obs, reward, terminated = zip(*steps, strict=True)
+            return np.array(obs), np.array(reward), np.array(terminated, dtype=bool)
+        # The physics alone. The rest of env.step takes as long again: contact forces for `info`, which no obs or reward
+        # of these robots reads and the next step does not need, and dictionaries.
+        x_before = np.array([env.data.qpos[0] for env in envs])
         for env, action in zip(envs, actions, strict=True):
             env.data.ctrl = action
             mujoco.mj_step(env.model, env.data, env.frame_skip)
         position = np.array([env.data.qpos for env in envs])
-        return _outcome(envs[0], place, position, np.array([env.data.qvel for env in envs]), actions)
+        return _outcome(envs[0], x_before, position, np.array([env.data.qvel for env in envs]), actions)
 
 
 class Stepper:

@@ -275,8 +275,8 @@ class Run:
         if args.threads:
             torch.set_num_threads(args.threads)
         # Both alike: torch itself leaves products exact and takes TF32 for convolutions.
-        for kind in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):
-            kind.fp32_precision = "tf32" if args.tf32 else "ieee"
+        torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = args.tf32
         self.wandb = _import_wandb() if args.track else None
         if getattr(args, "compile", False) and shutil.which(os.environ.get("CXX", "g++")) is None:
             raise UserError("--compile needs a C++ compiler: install g++, name another in CXX, or run without it")

@@ -108,15 +108,22 @@ def test_forms_are_forms_of_the_same():
         name: getattr(forms, name)(*sizes).double()
         for name, sizes in {
             "AllTokens": (16, 16), "Slices": (16, 16), "TemporalConv": (16, 16), "Shorten": (16, 16, 3),
-            "NormMish": (8, 16), "NormThenMish": (8, 16),
+            "NormMish": (8, 16), "NormThenMish": (8, 16), "BatchNormView": (8, 16), "TemporalNorm": (8, 16),
         }.items()
     }  # fmt: skip
     made["Strided"] = forms.Strided(16, 16, 3, stride=2, padding=1).double()
-    groups = ("TemporalConv", "AllTokens", "Slices"), ("Strided", "Shorten"), ("NormThenMish", "NormMish")
+    groups = (
+        ("TemporalConv", "AllTokens", "Slices"),
+        ("Strided", "Shorten"),
+        ("NormThenMish", "NormMish"),
+        ("TemporalNorm", "BatchNormView"),
+    )
     for length in (1, 2, 5, 9):
         x = torch.randn(length, 3, 16, dtype=torch.float64, requires_grad=True)
         for first, *others in groups:
             for other in others:
+                for parameter in made[first].parameters():
+                    torch.nn.init.normal_(parameter)  # a norm's weight of 1 would hide one that is forgotten
                 made[other].load_state_dict(made[first].state_dict())
                 ours, theirs = (
                     (y := module(x), *torch.autograd.grad(y.sin().sum(), [x, *module.parameters()]))

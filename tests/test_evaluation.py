@@ -51,14 +51,16 @@ EVERYTHING = {"exclude_current_positions_from_observation": False}
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize(
-    "simulator, physics, kwargs",
+    "simulator, physics, kwargs, known",
     [
-        ("Hopper-v4", "d4rl", {}), ("Walker2d-v4", "d4rl", {}), ("HalfCheetah-v4", "stock", {}),
-        ("Hopper-v5", "stock", {"terminate_when_unhealthy": False}), ("Walker2d-v5", "stock", {"ctrl_cost_weight": 2}),
-        ("HalfCheetah-v5", "stock", {}), ("Hopper-v4", "stock", EVERYTHING), ("Pusher-v5", "stock", {}),
+        ("Hopper-v4", "d4rl", {}, True), ("Walker2d-v4", "d4rl", {}, True), ("HalfCheetah-v4", "stock", {}, True),
+        ("Hopper-v4", "stock", {"terminate_when_unhealthy": False}, True), ("HalfCheetah-v5", "stock", {}, True),
+        ("Hopper-v5", "stock", {"terminate_when_unhealthy": False}, True), ("Hopper-v5", "stock", {}, True),
+        ("Walker2d-v5", "stock", {"ctrl_cost_weight": 2}, True), ("Hopper-v4", "stock", EVERYTHING, False),
+        ("Pusher-v5", "stock", {}, False),
     ],
 )  # fmt: skip
-def test_side_by_side_equals_one_environment_stepped(simulator, physics, kwargs, dtype):
+def test_side_by_side_equals_one_environment_stepped(simulator, physics, kwargs, known, dtype):
     """Bit-identical returns, actions beyond the bounds clipped, falls and the time limit respected."""
     episodes, seed = 4, 11
 
@@ -79,6 +81,7 @@ def test_side_by_side_equals_one_environment_stepped(simulator, physics, kwargs,
     evaluator = Evaluator(simulator, physics, episodes, kwargs)
     np.testing.assert_array_equal(evaluator(policy, seed), plain)
     np.testing.assert_array_equal(evaluator(policy, seed), plain)  # and again: no state is left over
+    assert evaluator.known == known
 
 
 @pytest.mark.parametrize("robot", ["Hopper", "Walker2d", "HalfCheetah"])

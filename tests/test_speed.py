@@ -36,15 +36,18 @@ def close(ours: list, theirs: list, tolerance: float = 1e-10) -> None:
         assert a.shape == b.shape and (a - b).abs().max() < tolerance * max(1, b.abs().max())
 
 
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 9])
 @pytest.mark.parametrize("contiguous", [True, False])
-def test_a_product_for_each_tap_is_the_convolution(length, contiguous):
+def test_a_product_for_each_tap_is_the_convolution(length, batch, contiguous):
     conv = TemporalConv(6, 16).double()
-    x = torch.randn(length, 3, 6, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(length, batch, 6, dtype=torch.float64, requires_grad=True)
     seen = x if contiguous else x.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     expected = F.conv1d(x.permute(1, 2, 0), conv.weight.permute(2, 1, 0), conv.bias, padding=2).permute(2, 0, 1)
     inputs = [x, conv.weight, conv.bias]
+    before = [value.clone() for value in inputs]
     close(gradients(conv(seen), inputs), gradients(expected, inputs))
+    assert all(map(torch.equal, inputs, before))  # nothing is written into what came in
 
 
 def test_a_convolution_starts_as_nn_conv1d_does():
@@ -165,10 +168,10 @@ def test_episodes_side_by_side_are_episodes_one_by_one():
 
 
 def test_compile_changes_nothing_but_rounding():
-    """Loss and gradients of the compiled U-Net, and a rollout's shape; and its weights keep their names."""
+    """Loss and gradients of the compiled U-Net, and rollouts under inference_mode; its weights keep their names."""
     small = {**TINY, "unet_width": 8, "unet_multipliers": (1,), "model_horizon": 1, "horizon": 1}  # compiles faster
     windows = Windows(Args(**small), linear_dataset(), torch.device("cpu"))
-    losses, found = [], []
+    losses, found, rollouts = [], [], []
     for compiled in (False, True):
         torch.manual_seed(0)
         world_model = WorldModel(Args(**small, compile=compiled), windows)
@@ -178,8 +181,13 @@ def test_compile_changes_nothing_but_rounding():
         loss.backward()
         losses.append(loss.detach())
         found.append({name: p.grad for name, p in world_model.named_parameters() if p.grad is not None})
+        torch.manual_seed(2)
+        with torch.inference_mode():
+            pairs = windows.obs[:6], windows.action[:6], windows.return_to_go[:6, None]
+            rollouts.append(dawm_td3bc.sample_rollouts(world_model.args, world_model, *pairs))
     assert (losses[0] - losses[1]).abs() < 1e-5 and found[0].keys() == found[1].keys()
     close(list(found[0].values()), list(found[1].values()), 1e-4)
+    close(*rollouts, 1e-4)
 
 
 def linear_score(folder: Path, seed: int, compiled: bool) -> float:

@@ -188,10 +188,10 @@ def test_tf32_makes_another_result_on_a_gpu_alone():
     assert key("cpu", True) == key("cpu", False) and key("cuda", True) != key("cuda", False)
 
 
-@pytest.mark.parametrize(("tf32", "precision"), [(False, "ieee"), (True, "tf32")])
-def test_tf32_is_set_for_products_and_convolutions(tmp_path, tf32, precision):
+@pytest.mark.parametrize("tf32", [True, False])  # in this order: the next tests are as they were
+def test_tf32_is_set_for_products_and_convolutions(tmp_path, tf32):
     Run(Args(run_dir=tmp_path, device="cpu", tf32=tf32))
-    assert torch.backends.cuda.matmul.fp32_precision == torch.backends.cudnn.conv.fp32_precision == precision
+    assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == tf32
 
 
 # ---- Keep and find
