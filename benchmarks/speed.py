@@ -495,7 +495,7 @@ def draw(result: dict, path: Path, title: str) -> None:
         colours = ["tab:blue" if name.startswith("ours") else "tab:gray" for name in names]
         axis.barh(names, values, color=colours, xerr=errors, error_kw={"linewidth": 1})
         axis.axvline(1 / found["floor seconds"] / base, color="tab:red", linestyle="--", linewidth=1)
-        axis.set_title(LOOPS[loop], fontsize=9)
+        axis.set_title(LOOPS[loop].replace(": ", "\n"), fontsize=9)
         axis.tick_params(labelsize=8)
         axis.grid(axis="x", alpha=0.3)
     for axis in axes.flat[len(result) :]:

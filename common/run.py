@@ -274,6 +274,8 @@ class Run:
         self.device = select_device(args.device)
         if args.threads:
             torch.set_num_threads(args.threads)
+        if args.tf32 and self.device.type == "cpu":
+            raise UserError("--tf32 changes what a GPU computes, and this run is on the CPU; leave it out")
         # Both alike: torch itself leaves products exact and takes TF32 for convolutions.
         torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = args.tf32

@@ -740,6 +740,7 @@ def test_control_and_online_mode(tmp_path, options):
         (["--target-return", "inf"], "--target-return inf lies outside [-100, 100]"),
         (["--unet-width", "12"], "--unet-width 12 must be 8, 16"),
         (["--run-dir", "/dev/null/runs"], "cannot write the run folder"),
+        (["--tf32", "--device", "cpu"], "--tf32 changes what a GPU computes, and this run is on the CPU; leave it out"),
         *(
             []
             if torch.cuda.is_available()

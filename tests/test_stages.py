@@ -189,8 +189,9 @@ def test_tf32_makes_another_result_on_a_gpu_alone():
 
 
 @pytest.mark.parametrize("tf32", [True, False])  # in this order: the next tests are as they were
-def test_tf32_is_set_for_products_and_convolutions(tmp_path, tf32):
-    Run(Args(run_dir=tmp_path, device="cpu", tf32=tf32))
+def test_tf32_is_set_for_products_and_convolutions(tmp_path, monkeypatch, tf32):
+    monkeypatch.setattr("common.run.select_device", lambda name: torch.device("cuda"))
+    Run(Args(run_dir=tmp_path, tf32=tf32))
     assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == tf32
 
 
