@@ -784,7 +784,8 @@ class InverseDynamics(nn.Module):
     def gaussian(self, triples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log of the standard deviation, before the tanh, both [..., action_dim]."""
         states = self.normalize(triples)
-        return self.mean(states), -1.5 + 3.5 * torch.tanh(self.log_std(states))  # log_std in [-5, 2] [SSORL code]
+        log_std = -1.5 + 3.5 * torch.tanh(self.log_std(states))  # in [-5, 2] [SSORL code]; its dropout is drawn first
+        return self.mean(states), log_std
 
     def forward(self, triples: torch.Tensor) -> torch.Tensor:
         """The action at the Gaussian's mean, in (-1, 1)."""

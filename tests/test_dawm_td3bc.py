@@ -588,6 +588,18 @@ def test_inverse_dynamics_without_context_sees_the_transition_alone():
         assert torch.equal(changed, model(triples)) == (context == 0)
 
 
+def test_the_spreads_dropout_is_drawn_first():
+    """The order of the random numbers, on which every published figure depends."""
+    model = script.InverseDynamics(Args(idm_width=64, idm_dropout=0.5), torch.randn(50, 2), 2)
+    triples = torch.randn(20, 6)
+    torch.manual_seed(1)
+    mean, log_std = model.gaussian(triples)
+    torch.manual_seed(1)
+    states = model.normalize(triples)
+    first, second = model.log_std(states), model.mean(states)
+    assert torch.equal(log_std, -1.5 + 3.5 * torch.tanh(first)) and torch.equal(mean, second)
+
+
 def test_sampled_actions_have_the_gaussians_mean_and_spread():
     model = script.InverseDynamics(Args(**TINY, idm_width=8), torch.randn(50, 2), 2).eval()
     triples = torch.randn(1, 6)
