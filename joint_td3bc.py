@@ -836,7 +836,7 @@ def synthesize(args: Args, synthesizer: Synthesizer, run: Run) -> torch.Tensor:
     obs_dim, action_dim = synthesizer.world_model.obs_dim, synthesizer.windows.action.shape[1]
     stored = RowFile(run, "synthesis", 2 * obs_dim + action_dim + 2)
     made = {"at_bounds": 0.0, "falls": 0.0}
-    inference = torch.inference_mode(not args.compile)  # CUDA graphs that began in training fail under it
+    inference = torch.inference_mode(not args.compile)  # it and CUDA graphs do not mix: pytorch issue 135892
     with inference, run.stage("synthesis", len(chosen), "pair", (made, stored)) as stage:
         for index in stage.over(chosen.split(args.synthesis_batch_size)):
             rows, valid = synthesizer(index)

@@ -73,11 +73,15 @@ def _restore_capsules(env) -> None:
     mujoco.mj_setConst(model, env.data)
 
 
-def _is_known(env) -> bool:
-    """Whether `_outcome` can stand for env.step: Hopper, Walker2d and HalfCheetah, -v4 and -v5, with usual obs."""
-    robot, _, version = env.spec.id.rpartition("-v")
-    known = robot.lower() in REFERENCE_RETURNS and version in ("4", "5")
-    return known and env.observation_space.shape == (env.model.nq - 1 + env.model.nv,)
+def _is_known(simulator: str) -> bool:
+    """Whether `_outcome` has its reward and fall: Hopper, Walker2d and HalfCheetah, -v4 and -v5."""
+    robot, _, version = simulator.rpartition("-v")
+    return robot.lower() in REFERENCE_RETURNS and version in ("4", "5")
+
+
+def _shows_state(env) -> bool:
+    """Whether obs are all positions but the place along the track, and all velocities."""
+    return env.observation_space.shape == (env.model.nq - 1 + env.model.nv,)
 
 
 def _outcome(env, x_before, position, velocity, action) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -119,7 +123,7 @@ class Evaluator:
                 "dimensions; such data can be trained on, but not scored: use another --env-id"
             )
         self.bare = [env.unwrapped for env in self.envs]  # the wrappers only check and count, at some cost
-        self.known = _is_known(self.bare[0])
+        self.known = _is_known(simulator) and _shows_state(self.bare[0])
 
     def __call__(self, policy, seed: int) -> np.ndarray:
         """Undiscounted returns [episodes]. policy maps obs [n, obs_dim] float32 to actions [n, action_dim].
@@ -164,21 +168,20 @@ class Stepper:
     """
 
     def __init__(self, simulator: str, physics: str, kwargs: dict | None = None, threads: int | None = None):
-        robot, _, version = simulator.rpartition("-v")
-        if robot.lower() not in REFERENCE_RETURNS or version not in ("4", "5"):
+        if not _is_known(simulator):
             raise UserError(
                 f"{simulator} has no state that can be set from an observation; known: Hopper, Walker2d, HalfCheetah"
             )
         self.env = make_env(simulator, physics, **(kwargs or {})).unwrapped
         self.obs_dim = self.env.model.nq - 1 + self.env.model.nv  # all but the place along the track
-        if self.env.observation_space.shape != (self.obs_dim,):
+        if not _shows_state(self.env):
             raise UserError(
                 f"{simulator} with {kwargs} observes {self.env.observation_space.shape}, not the {self.obs_dim} "
                 "positions and velocities that a state is set from"
             )
         self.threads = threads or os.cpu_count() or 1
         self.data = [mujoco.MjData(self.env.model) for _ in range(self.threads)]
-        self.clips = robot != "HalfCheetah"  # velocities shown are clipped to [-10, 10]
+        self.clips = hasattr(self.env, "_healthy_z_range")  # as `_outcome`: velocities shown are clipped to [-10, 10]
 
     def checkable(self, obs: np.ndarray) -> np.ndarray:
         """Whether obs [N, obs_dim] tells the state: false where a velocity is at the clip -> bool [N]."""
