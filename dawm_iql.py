@@ -15,17 +15,25 @@ differs between the two agents, and both find the same kept world model.
     python dawm_iql.py --env-id hopper-medium-v2                     # paper scale on D4RL, one GPU
     python dawm_iql.py --env-id hopper-medium-v2 --synthetic-fraction 0    # the control: IQL on the real data
 
+[DAWM Alg. 3]                                   here
+train p_theta, f_phi on the data                train_world_model (Eq. 2), train_inverse_dynamics (Eq. 3)
+sample pairs (s_t, a_t), ask for g_eval         imagine
+sample rewards and states from p_theta          sample_rollouts
+infer the missing actions with f_phi            infer_actions
+label the H+1 transitions                       complete_rollouts, with mark_ends, which is not in the paper
+value, critic, policy and target updates        train_agent, IQL.update
+
 Keys:
 [DAWM]   DAWM: diffusion action world models for offline RL, arXiv 2509.19538v1
 [DWM]    Diffusion World Model, arXiv 2402.03570 (DAWM's generator; appendix as reprinted in arXiv 2607.17560)
 [DD]     Is Conditional Generative Modeling All You Need for Decision-Making?, arXiv 2211.15657, and its code
 [SSORL]  Semi-Supervised Offline RL with Action-Free Trajectories, arXiv 2210.06518, and its code
 [IQL]    Offline Reinforcement Learning with Implicit Q-Learning, arXiv 2110.06169; its code: gwthomas/IQL-PyTorch
-[TD3BC]  A Minimalist Approach to Offline RL, arXiv 2106.06860, and its code (how policies are evaluated)
 [CFG]    Classifier-Free Diffusion Guidance, arXiv 2207.12598
 [IDDPM]  Improved Denoising Diffusion Probabilistic Models, arXiv 2102.09672 (cosine schedule, strided sampling)
 
 Tags: [KEY place] stands there; [unspecified] the paper is silent, our choice; [deviation] the paper says otherwise.
+docs/method.md has the equations, and the evidence for each choice.
 
 Symbols: k in DAWM's Eq. 2 is `k` (diffusion step), in its return-to-go `step` (environment time); H is `horizon`;
 g_eval `target_return`; omega `guidance_scale`; DAWM's alpha (0.5) `sampling_temperature`; IQL's tau `expectile`, its
@@ -38,184 +46,88 @@ beta `awr_beta`; `tau` is the Polyak rate only.
 import copy
 import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from functools import partial
+from types import SimpleNamespace
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
-from common import UserError
+from common import UserError, fast
+from common.cli import Amount, Count, Rate, RunArgs, Seed, Share, run_script
 from common.data import OfflineDataset, load_dataset
-from common.evaluation import Evaluator, Stepper, normalized_score, score_report
-from common.export import check_export, export_transitions
-from common.run import Run, check_range, run_script
-from common.stages import Kept, RowFile, resumable
+from common.evaluation import Evaluator, evaluate, score_report
+from common.run import Run
 
 
 @dataclass
-class Args:
-    # ---- Run
-    env_id: str = "hopper-medium-v2"
-    """data set: a D4RL name, local/ROBOT/QUALITY-v0 (made on this machine), or any Minari id"""
-    data_path: Path | None = None
-    """a file in D4RL's HDF5 layout to read instead of the published one"""
-    laptop: bool = False
-    """defaults for two CPU cores and ten minutes instead of the paper's; any flag given still wins"""
-    seed: int = 0
-    """seed of the agent; world model, inverse dynamics and synthesis have their own"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU if there is one"""
-    threads: int = 0
-    """CPU threads of torch; 0 leaves torch's own choice. CPU results depend on it in the last digits"""
-    tf32: bool = False
-    """on a GPU, products and convolutions of 10 mantissa bits instead of 23: faster; what it costs is not measured"""
-    run_dir: Path = Path("runs")
-    """each run makes a folder of its own in here"""
-    exp_name: str = Path(__file__).stem
-    """part of the folder's name"""
-    track: bool = False
-    """log to Weights & Biases too"""
-    wandb_project: str = "dawm"
-    """project for --track"""
-    log_every: int = 500
-    """gradient updates between two logged metrics"""
-    stage_dir: Path = Path("runs/stages")
-    """world models, inverse dynamics and synthetic sets are kept here, for every run that would make the same"""
-    fresh: bool = False
-    """make every stage anew, whatever is kept"""
-    checkpoint_every: float = 5.0
-    """minutes between two checkpoints of a stage, from which an interrupted run goes on; 0 makes none"""
-
+class Args(RunArgs):
     # ---- Data: windows and return-to-go
-    horizon: int = 7
-    """H: a rollout has H+1 transitions, so H+2 states, the first one real [DAWM Sec. 4]"""
-    model_horizon: int = 7
-    """H of the world model's windows, of H+2 tokens [unspecified]; rollouts may take fewer of their steps [DWM]"""
-    gamma: float = 0.99
-    """discount of return-to-go and agent [DAWM Tab. 7]"""
-    return_to_go: Literal["episode", "window"] = "episode"
-    """sum rewards to the episode's end, or over the window's H+1 as printed; [deviation] see RETURN-TO-GO below"""
-    window_padding: Literal["absorbing", "none"] = "absorbing"
-    """go on after a fall with its last state and a reward that tells, or use only windows that fit [unspecified]"""
-    normalizer: Literal["limits", "gaussian", "cdf"] = "limits"
-    """units of the diffusion; [deviation] DWM takes the empirical CDF (cdf), whose first step errs more (README)"""
+    horizon: Count = 7  # H: a rollout has H+1 transitions, so H+2 states, the first one real [DAWM Sec. 4]
+    model_horizon: Count = 7  # H of the world model's windows [unspecified]; rollouts may take fewer steps [DWM]
+    gamma: Share = 0.99  # discount of return-to-go and agent [DAWM Tab. 7]
+    return_to_go: Literal["episode", "window"] = "episode"  # sum to its end, [deviation] below; window as printed
+    normalizer: Literal["limits", "gaussian"] = "limits"  # range or standard deviations; [deviation] DWM: CDF
 
     # ---- World model
-    world_model_seed: int = 100
-    """seed of the diffusion training [DAWM Tab. 7]"""
-    world_model_steps: int = 2_000_000
-    """gradient updates [DAWM App.]"""
-    world_model_batch_size: int = 64
-    """windows per update [DAWM Tab. 7]"""
-    world_model_lr: float = 1e-4
-    """Adam's rate [DAWM Tab. 7]"""
-    world_model_holdout: float = 0.05
-    """share of episodes kept from the training, to measure the error of rollouts [unspecified]"""
-    unet_width: int = 128
-    """channels of the U-Net's first level; [unspecified] in DAWM and DWM, DD's code"""
-    unet_multipliers: tuple[int, ...] = (1, 4, 8)
-    """channels of each level in units of the width; [unspecified], DD's code"""
-    diffusion_steps: int = 5
-    """K [DAWM Tab. 7]"""
-    prediction: Literal["noise", "x0"] = "noise"
-    """what the U-Net predicts: noise [DAWM Eq. 2], or the clean window, which is not in the paper"""
-    cond_drop_prob: float = 0.25
-    """share of samples trained without return-to-go [DAWM App.]"""
-    ema_decay: float = 0.995
-    """of the averaged weights ("Adam decay") [DAWM Tab. 7]"""
-    ema_every: int = 10
-    """updates between two averagings [DWM App.]"""
-    ema_start: int = 2_000
-    """updates before which the average is a plain copy; [unspecified], DD's code"""
-    compile: bool = False
-    """torch.compile for the U-Net: minutes to start, then faster (docs/speed.md); needs a C++ compiler"""
+    world_model_seed: Seed = 100  # seed of the diffusion training [DAWM Tab. 7]
+    world_model_steps: Count = 2_000_000  # gradient updates [DAWM App.]
+    world_model_batch_size: Count = 64  # windows per update [DAWM Tab. 7]
+    world_model_lr: Rate = 1e-4  # Adam's rate [DAWM Tab. 7]
+    world_model_holdout: Annotated[float, (0, 0.9)] = 0.05  # share of episodes for the held-out loss [unspecified]
+    unet_width: Annotated[int, (8, math.inf)] = 128  # channels of the U-Net's first level [unspecified], DD's code
+    unet_multipliers: Annotated[tuple[int, ...], (1, math.inf)] = (1, 4, 8)  # of each level [unspecified], DD's
+    diffusion_steps: Count = 5  # K [DAWM Tab. 7]
+    prediction: Literal["noise", "x0"] = "noise"  # predict noise [DAWM Eq. 2], or the clean window: not in the paper
+    cond_drop_prob: Share = 0.25  # share of samples trained without return-to-go [DAWM App.]
+    ema_decay: Share = 0.995  # of the averaged weights ("Adam decay") [DAWM Tab. 7]
+    ema_every: Count = 10  # updates between two averagings [DWM App.]
+    ema_start: Annotated[int, (0, math.inf)] = 2_000  # updates with a plain copy instead [unspecified], DD's code
 
     # ---- Inverse dynamics
-    idm_seed: int = 100
-    """seed of the inverse dynamics training [unspecified]"""
-    idm_steps: int = 100_000
-    """gradient updates [unspecified]"""
-    idm_batch_size: int = 1024
-    """state triples per update; [unspecified], SSORL's code"""
-    idm_lr: float = 1e-4
-    """Adam's rate [DAWM Tab. 7]"""
-    idm_width: int = 1024
-    """units of each hidden layer [DAWM App.]"""
-    idm_dropout: float = 0.1
-    """after the last hidden layer; [unspecified], SSORL's code"""
-    idm_holdout: float = 0.1
-    """share of episodes that choose the best weights; [unspecified], SSORL's code"""
-    idm_context: Literal[0, 1] = 1
-    """states that it sees before the transition's own two [DAWM Sec. 4]"""
+    idm_seed: Seed = 100  # seed of the inverse dynamics training [unspecified]
+    idm_steps: Count = 100_000  # gradient updates [unspecified]
+    idm_batch_size: Count = 1024  # state triples per update; [unspecified], SSORL's code
+    idm_lr: Rate = 1e-4  # Adam's rate [DAWM Tab. 7]
+    idm_width: Count = 1024  # units of each hidden layer [DAWM App.]
+    idm_dropout: Share = 0.1  # after the last hidden layer; [unspecified], SSORL's code
+    idm_holdout: Annotated[float, (0.001, 0.9)] = 0.1  # episodes that choose the weights; [unspecified], SSORL's code
 
     # ---- Synthesis
-    synthesis: Literal["dataset", "online"] = "dataset"
-    """generate once and train on the set [DAWM text], or inside the agent's loop [DAWM Alg. 2]"""
-    synthesis_seed: int = 100
-    """seed of the sampling noise in dataset mode [unspecified]"""
-    synthesis_batch_size: int = 4096
-    """rollouts generated together in dataset mode [unspecified]"""
-    sampling_steps: int = 3
-    """N denoising steps out of K [DAWM App.]"""
-    sampling_temperature: float = 0.5
-    """multiplies the standard deviation of each denoising step [DAWM Tab. 7, DWM]"""
-    guidance_scale: float = 1.2
-    """weight of the return condition, 1 is no guidance; [unspecified] in DAWM and DWM, DD's code"""
-    target_return: float | Literal["own"] | None = None
-    """return-to-go asked for, in return scales; default from TASKS [unspecified]; own: each pair's real one"""
-    conditioning_subsample: int = 1
-    """use one of so many real pairs, drawn at random; 8 is DAWM-T [DAWM Tab. 5]"""
-    completion: Literal["mean", "sample"] = "mean"
-    """actions at the mean of the inverse dynamics' Gaussian [SSORL code], or drawn from it; [unspecified] in DAWM"""
-    termination: Literal["rule", "none"] = "rule"
-    """end a rollout by the simulator's rule on its states or the model's own sign; none as printed [deviation]"""
-    synthetic_fraction: float = 1.0
-    """share of synthetic transitions in a batch [DAWM Tab. 4]; 0 is the agent on the real data, without any model"""
-    export_hdf5: Path | None = None
-    """write the synthetic set to this new file in D4RL's HDF5 layout, each rollout an episode"""
-    export_minari: str | None = None
-    """write it as a new Minari data set NAMESPACE/NAME-vN: minutes, which reading takes too (README, Export)"""
+    synthesis: Literal["dataset", "online"] = "dataset"  # once [DAWM text], or in the agent's loop [DAWM Alg. 2]
+    synthesis_seed: Seed = 100  # seed of the sampling noise in dataset mode [unspecified]
+    synthesis_batch_size: Count = 4096  # rollouts generated together in dataset mode [unspecified]
+    sampling_steps: Count = 3  # N denoising steps out of K [DAWM App.]
+    sampling_temperature: Amount = 0.5  # multiplies the standard deviation of each denoising step [DAWM Tab. 7, DWM]
+    guidance_scale: Amount = 1.2  # weight of the return condition, 1: no guidance; [unspecified], DD's code
+    # return-to-go asked for, in return scales; default from TASKS [unspecified]; own: each pair's real one
+    target_return: Annotated[float, (-100, 100)] | Literal["own"] | None = None
+    conditioning_subsample: Count = 1  # use one of so many real pairs, drawn at random; 8 is DAWM-T [DAWM Tab. 5]
+    termination: Literal["rule", "none"] = "rule"  # end rollouts at falls (mark_ends), or not, as printed [deviation]
+    synthetic_fraction: Share = 1.0  # synthetic share of a batch [DAWM Tab. 4]; 0: the agent on real data, no model
 
     # ---- Agent
-    agent_updates: int = 1_000_000
-    """updates of all networks; [unspecified], IQL's code"""
-    agent_batch_size: int = 256
-    """transitions per update; [unspecified], IQL's code"""
-    agent_lr: float = 3e-4
-    """Adam's rate of policy, critics and value; the policy's falls to 0 by a cosine; [unspecified], IQL's code"""
-    tau: float = 0.005
-    """Polyak rate of the target critics; [unspecified], IQL's code"""
-    policy_delay: int = 1
-    """updates per update of policy and targets, n [DAWM Alg. 3]; 1: IQL's code"""
-    expectile: float = 0.7
-    """of the value loss [IQL Eq. 5]; 0.5 is the symmetric loss that is printed [deviation]"""
-    awr_beta: float = 3.0
-    """inverse temperature of the policy's weights; [unspecified], IQL's code"""
-    max_weight: float = 100.0
-    """cap of the policy's weights; [unspecified], IQL's code"""
-    policy: Literal["gaussian", "deterministic"] = "gaussian"
-    """free standard deviation and no bounds, or tanh and squared error; [unspecified], IQL's code has both"""
-    reward_scaling: bool = True
-    """rewards times 1000 / (best - worst episode return of the real data); [unspecified], IQL's code"""
-    normalize_obs: bool = False
-    """standardise observations for the agent [DWM App.]; off in IQL's code [unspecified]"""
-
-    # ---- Evaluation
-    eval_every: int = 5_000
-    """critic updates between two evaluations [TD3BC]"""
-    eval_episodes: int = 10
-    """episodes per evaluation [DWM]"""
-    physics: Literal["auto", "d4rl", "stock"] = "auto"
-    """capsule masses of the simulator: D4RL's or today's; auto takes what the data set was recorded with"""
+    agent_updates: Count = 1_000_000  # updates of all networks; [unspecified], IQL's code
+    agent_batch_size: Count = 256  # transitions per update; [unspecified], IQL's code
+    agent_lr: Rate = 3e-4  # Adam's rate, of the policy falling to 0 by a cosine; [unspecified], IQL's code
+    tau: Share = 0.005  # Polyak rate of the target critics; [unspecified], IQL's code
+    policy_delay: Count = 1  # updates per update of policy and targets, n [DAWM Alg. 3]; 1: IQL's code
+    expectile: Annotated[float, (0.001, 0.999)] = 0.7  # of the value loss [IQL Eq. 5]; 0.5 as printed [deviation]
+    awr_beta: Amount = 3.0  # inverse temperature of the policy's weights; [unspecified], IQL's code
+    max_weight: Annotated[float, (1e-8, 1e8)] = 100.0  # cap of the policy's weights; [unspecified], IQL's code
+    policy: Literal["gaussian", "deterministic"] = (
+        "gaussian"  # free deviation, or tanh; [unspecified], IQL's code has both
+    )
+    reward_scaling: bool = True  # times 1000 / (best - worst real return); [unspecified], IQL's code
+    normalize_obs: bool = False  # standardise observations for the agent [DWM App.]; not in IQL's code [unspecified]
 
 
 # --laptop: the same method with a smaller U-Net and fewer updates, [deviation] throughout; not the paper's scale.
-# Three of the changes are of kind, with their evidence in the README: x0 in units of standard deviations, since few
-# updates of noise prediction leave coarse rollouts; each pair's own return as the target, since a constant one out of
-# reach asks of states about to fall that they recover; and the horizon with the best Hopper score in [DAWM Tab. 6].
+# Three changes are of kind (docs/method.md): x0 in units of standard deviations, since few updates of noise prediction
+# leave coarse rollouts; each pair's own return as the target, since a constant one out of reach asks of states about
+# to fall that they recover; and the horizon with the best Hopper score in [DAWM Tab. 6].
 LAPTOP = dict(
     horizon=1,
     threads=1,  # a second one gains 15% at these sizes, and loses tenfold when another process wants the core
@@ -231,7 +143,7 @@ LAPTOP = dict(
     idm_lr=1e-3,
     idm_width=256,
     synthesis_batch_size=1024,
-    normalize_obs=True,  # [DWM App.]; without it so few updates leave a poor clone (README)
+    normalize_obs=True,  # [DWM App.]; without it so few updates leave a poor clone
     agent_updates=25_000,
     eval_every=2_500,
 )
@@ -251,22 +163,9 @@ TASKS = {
 }
 
 
-# Adapted from dawm_td3bc.py: the agent's own arguments
+# Copied from dawm_td3bc.py
 def check_args(args: Args) -> None:
-    """UserError for values with which no run makes sense, before anything is loaded."""
-    counts = "horizon model_horizon diffusion_steps sampling_steps world_model_steps world_model_batch_size idm_steps "
-    counts += "idm_batch_size idm_width synthesis_batch_size conditioning_subsample agent_updates agent_batch_size "
-    check_range(args, 1, math.inf, counts + "policy_delay eval_every eval_episodes log_every ema_every")
-    check_range(args, 0, 1, "cond_drop_prob ema_decay idm_dropout gamma tau synthetic_fraction")
-    check_range(args, 0.001, 0.999, "expectile")
-    check_range(args, 0, 0.9, "world_model_holdout")
-    check_range(args, 0.001, 0.9, "idm_holdout")
-    check_range(args, 0, 2**31, "threads seed world_model_seed idm_seed synthesis_seed")
-    check_range(args, 0, 100, "sampling_temperature guidance_scale awr_beta")
-    check_range(args, 1, 1e6, "max_weight")
-    check_range(args, 0, math.inf, "checkpoint_every")
-    check_range(args, 1e-8, 1, "world_model_lr idm_lr agent_lr")
-    check_range(args, -100, 100, "target_return")
+    """UserError for values with which no run makes sense together, before anything is loaded."""
     if args.horizon > args.model_horizon:
         raise UserError(f"--horizon {args.horizon} is above --model-horizon {args.model_horizon}; raise that too")
     if args.sampling_steps > args.diffusion_steps:
@@ -276,9 +175,8 @@ def check_args(args: Args) -> None:
             "--synthesis online draws from all pairs and mixes nothing: no --conditioning-subsample, and a "
             "--synthetic-fraction of 0 or 1; use --synthesis dataset"
         )
-    if args.unet_width % 8 or args.unet_width < 8 or min(args.unet_multipliers, default=0) < 1:
-        raise UserError(f"--unet-width {args.unet_width} must be 8, 16, ... and --unet-multipliers positive")
-    check_export(args)
+    if args.unet_width % 8 or not args.unet_multipliers:
+        raise UserError(f"--unet-width {args.unet_width} must be 8, 16, ..., with one of --unet-multipliers or more")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -301,14 +199,15 @@ def discounted_return_to_go(reward: np.ndarray, lengths: np.ndarray, gamma: floa
 
 
 # Copied from dawm_td3bc.py
-def return_scale(args: Args, largest_return_to_go: float) -> float:
-    """The divisor of this data set's return-to-go."""
-    if not largest_return_to_go > 0:
-        raise UserError(
-            f"the largest return-to-go of {args.env_id} is {largest_return_to_go:.3g}, no scale for it; "
-            "shift its rewards above 0"
-        )
-    return float(TASKS[args.env_id][0] if args.env_id in TASKS else largest_return_to_go / 0.6)
+def return_units(args: Args, return_to_go: np.ndarray) -> tuple[float, float]:
+    """Offset and scale that make labels of this data set's return-to-go [N]: (return_to_go - offset) / scale.
+
+    Not one of TASKS: [unspecified] the largest label is 0.6 and, where there are negative returns, the smallest 0.
+    """
+    if args.env_id in TASKS:
+        return 0.0, float(TASKS[args.env_id][0])
+    offset = min(0.0, float(return_to_go.min()))
+    return offset, (float(return_to_go.max()) - offset) / 0.6 or 1.0  # where no reward was ever given, 1
 
 
 # Copied from dawm_td3bc.py
@@ -322,57 +221,70 @@ class Windows:
     """All windows of H+2 states and H+1 rewards, one for each real pair (state, action); gathered when asked for.
 
     H is model_horizon. Token i of a window holds the state at step i and the reward at step i; the last token's reward
-    slot is 0. No window crosses an episode's end. A fallen episode goes on with its last state (the simulator would
-    stop there): else no window would start within H steps of a fall, and the model could not learn what happens next.
-    Its reward lies below all real ones by a quarter of their range, so that generated ends can be told (`is_over`).
-    UserError if no episode is long enough.
+    slot is 0. No window crosses an episode's end. UserError if no episode is long enough.
     """
 
     def __init__(self, args: Args, dataset: OfflineDataset, device: torch.device):
-        episode = np.repeat(np.arange(len(dataset.lengths)), dataset.lengths)  # of each row
-        last = np.cumsum(dataset.lengths) - 1  # last row of each episode
-        # One token per state: an episode of T transitions has T+1 of them, so its rows shift by its number.
-        obs = np.insert(dataset.obs, last + 1, dataset.next_obs[last], axis=0)
-        start, final = np.arange(len(episode)) + episode, (last + 1 + np.arange(len(last)))[episode]
-        fits = start + args.model_horizon + 1 <= final
+        self.number_states(dataset)
+        self.go_on_after_falls(args, dataset)
+        self.label_returns(args, dataset)
+        self.action = dataset.action
+        for name, value in vars(self).items():
+            if isinstance(value, np.ndarray):
+                setattr(self, name, torch.as_tensor(value, device=device))
+        self.offsets = torch.arange(args.model_horizon + 2, device=device)
+        self.healthy = None  # the simulator's rule for falls, where it is known
+        if dataset.healthy_low is not None:
+            self.healthy = tuple(torch.as_tensor(x, device=device) for x in (dataset.healthy_low, dataset.healthy_high))
+
+    def number_states(self, dataset: OfflineDataset) -> None:
+        """obs [N + E, obs_dim]: an episode of T transitions has T+1 states, so its rows shift by its number. `start`
+        and `final` [N] are the rows of a pair's own state and of its episode's last one."""
+        self.episode = np.repeat(np.arange(len(dataset.lengths)), dataset.lengths)  # of each pair
+        self.last = np.cumsum(dataset.lengths) - 1  # last pair of each episode
+        self.obs = np.insert(dataset.obs, self.last + 1, dataset.next_obs[self.last], axis=0)
+        self.start = np.arange(len(self.episode)) + self.episode
+        self.final = (self.last + 1 + np.arange(len(self.last)))[self.episode]
+
+    def go_on_after_falls(self, args: Args, dataset: OfflineDataset) -> None:
+        """Which windows are `usable`: those that fit, and those that meet a fall, which go on with its last state.
+
+        The simulator would stop there; else no window would start within H steps of a fall, and the model could not
+        learn what happens next. The reward after a fall lies below all real ones by a quarter of their range, so that
+        generated ends can be told (`is_over`) [unspecified].
+        """
+        fits = self.start + args.model_horizon + 1 <= self.final
         if not fits.any():
             raise UserError(
                 f"--model-horizon {args.model_horizon} needs {args.model_horizon + 1} transitions in a row, but the "
                 f"longest episode has {dataset.lengths.max()}; lower it and the rollouts' horizon"
             )
-        if len(last) < 2:
-            raise UserError(f"{args.env_id} has one episode; held-out measurements need two or more")
-        usable = fits | dataset.terminated[last][episode] if args.window_padding == "absorbing" else fits
+        self.usable = fits | dataset.terminated[self.last][self.episode]
         low, high = float(dataset.reward.min()), float(dataset.reward.max())
         self.end_reward, self.end_margin = low, -math.inf
-        if (usable & ~fits).any():  # else no window shows an end, and nothing that is generated may count as one
+        if (self.usable & ~fits).any():  # else no window shows an end, and nothing that is generated may count as one
             self.end_reward, self.end_margin = low - (high - low) / 4, low - (high - low) / 8
-        reward = np.insert(dataset.reward, last + 1, self.end_reward)
-        return_to_go = discounted_return_to_go(dataset.reward, dataset.lengths, args.gamma)
-        if args.return_to_go == "window":
-            beyond = np.append(return_to_go, 0)[
-                np.minimum(np.arange(len(episode)) + args.model_horizon + 1, len(episode))
-            ]
-            inside = np.arange(len(episode)) + args.model_horizon + 1 <= last[episode]
-            return_to_go = return_to_go - args.gamma ** (args.model_horizon + 1) * beyond * inside
-        self.return_scale = return_scale(args, return_to_go.max())
+        self.reward = np.insert(dataset.reward, self.last + 1, self.end_reward)
 
-        def tensor(array):
-            return torch.as_tensor(array, device=device)
+    def label_returns(self, args: Args, dataset: OfflineDataset) -> None:
+        """return_to_go [N] from a window's first step on, in units of the return scale."""
+        label = discounted_return_to_go(dataset.reward, dataset.lengths, args.gamma)
+        if args.return_to_go == "window":  # less what is earned behind the window
+            behind = np.arange(len(label)) + args.model_horizon + 1
+            inside = behind <= self.last[self.episode]
+            label = label - args.gamma ** (args.model_horizon + 1) * np.where(
+                inside, np.append(label, 0)[behind * inside], 0
+            )
+        self.return_offset, self.return_scale = return_units(args, label)
+        self.return_to_go = ((label - self.return_offset) / self.return_scale).astype(np.float32)
 
-        self.obs, self.reward = tensor(obs), tensor(reward)
-        self.start, self.final = tensor(start), tensor(final)
-        self.action = tensor(dataset.action)
-        self.return_to_go = tensor((return_to_go / self.return_scale).astype(np.float32))
-        self.usable, self.fits, self.episode = tensor(usable), tensor(fits), tensor(episode)
-        self.offsets = torch.arange(args.model_horizon + 2, device=device)
-
-    def held_out(self, share: float, seed: int) -> torch.Tensor:
-        """Mask [N] of the windows in a random share of the episodes."""
-        episodes = int(self.episode[-1]) + 1
+    def split(self, pairs: torch.Tensor, share: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Indices of the pairs marked in `pairs` [N]: to train on, and those in a random share of the episodes."""
+        episodes = len(self.last)
         order = torch.randperm(episodes, generator=torch.Generator().manual_seed(seed))
         count = min(math.ceil(share * episodes), episodes - 1)  # something must be left to train on
-        return torch.isin(self.episode, order[:count].to(self.episode.device))
+        held_out = torch.isin(self.episode, order[:count].to(pairs.device))
+        return (pairs & ~held_out).nonzero()[:, 0], (pairs & held_out).nonzero()[:, 0]
 
     def is_over(self, reward: torch.Tensor) -> torch.Tensor:
         """Whether generated rewards say that the episode had ended before their step -> bool."""
@@ -385,41 +297,33 @@ class Windows:
 
 # Copied from dawm_td3bc.py
 class Normalizer(nn.Module):
-    """Each dimension of values [N, dim] to the diffusion's units and back, by linear interpolation between quantiles.
+    """Each dimension of values [N, dim] to the diffusion's units and back, clipped to the data's range.
 
-    limits: minimum and maximum to -1 and 1. gaussian: mean 0, standard deviation 1. cdf: rank to -1..1, by 10,000 steps
-    [DWM App.]. `low` and `high` [dim] are the data's range in these units.
+    limits: minimum and maximum to -1 and 1. gaussian: mean 0, standard deviation 1. `low` and `high` [dim] are the
+    data's range in these units; a dimension that never changes is 0.
     """
 
     def __init__(self, values: torch.Tensor, kind: str):
         super().__init__()
-        ordered = values.T.sort(dim=1).values  # [dim, N]
-        rank = torch.linspace(0, 1, 10_000 if kind == "cdf" else 2, dtype=torch.float64, device=values.device)
-        self.register_buffer("quantiles", ordered[:, (rank * (len(values) - 1)).round().long()].contiguous())
-        low, high = -torch.ones_like(values[0]), torch.ones_like(values[0])
-        if kind == "gaussian":
-            low, high = ((ordered[:, end] - values.mean(0)) / (values.std(0) + 1e-6) for end in (0, -1))
-        self.register_buffer("low", low)
-        self.register_buffer("high", high)
+        low, high = values.amin(0), values.amax(0)
+        if kind == "limits":
+            shift, scale = (high + low) / 2, (high - low) / 2
+        else:
+            shift, scale = values.mean(0), values.std(0) + 1e-6
+        changes = high > low
+        scale = torch.where(changes, scale, torch.ones_like(scale))
+        self.register_buffer("shift", torch.where(changes, shift, low))
+        self.register_buffer("scale", scale)
+        self.register_buffer("low", (low - self.shift) / scale)
+        self.register_buffer("high", (high - self.shift) / scale)
 
     def normalize(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., dim] in dataset units, clipped to the data's range."""
-        flat = x.reshape(-1, x.shape[-1]).T.contiguous()  # [dim, B]
-        last = self.quantiles.shape[1] - 1
-        right = torch.searchsorted(self.quantiles, flat, right=True).clamp(1, last)
-        below, above = self.quantiles.gather(1, right - 1), self.quantiles.gather(1, right)
-        # above equals below only beyond the last of several equal largest values
-        fraction = torch.where(above > below, (flat - below) / (above - below), 1.0).clamp(0, 1)
-        return torch.lerp(self.low, self.high, ((right - 1 + fraction) / last).T).reshape(x.shape)
+        """x [..., dim] in dataset units."""
+        return ((x - self.shift) / self.scale).clamp(self.low, self.high)
 
     def denormalize(self, y: torch.Tensor) -> torch.Tensor:
-        """y [..., dim], clipped to the data's range, to dataset units."""
-        last = self.quantiles.shape[1] - 1
-        share = (y.reshape(-1, y.shape[-1]) - self.low) / (self.high - self.low).clamp(min=1e-12)
-        position = (share.clamp(0, 1) * last).T.contiguous()
-        left = position.long().clamp(max=last - 1)
-        below, above = self.quantiles.gather(1, left), self.quantiles.gather(1, left + 1)
-        return torch.lerp(below, above, position - left).T.reshape(y.shape)
+        """y [..., dim] to dataset units."""
+        return y.clamp(self.low, self.high) * self.scale + self.shift
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -463,101 +367,20 @@ def posterior_coefficients(alpha_bar: torch.Tensor, steps: list[int]) -> list[tu
 
 
 # Copied from dawm_td3bc.py
-class TapProducts(torch.autograd.Function):
-    """Convolution of x [L * B, in], time first, by weight [5, in, out]; `reach`: rows each tap reads and adds to."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, reach):
-        ctx.save_for_backward(x, weight)
-        ctx.reach, out = reach, x.new_empty(len(x), len(bias)).copy_(bias)
-        for tap, (read, add) in zip(weight, reach, strict=True):
-            out[add].addmm_(x[read], tap)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        grad_x, grad_weight = torch.zeros_like(x), torch.empty_like(weight)
-        for tap, grad_tap, (read, add) in zip(weight, grad_weight, ctx.reach, strict=True):
-            grad_x[read].addmm_(grad[add], tap.T)
-            torch.mm(x[read].T, grad[add], out=grad_tap)  # zeros where a tap reads nothing
-        return grad_x, grad_weight, grad.sum(0), None
-
-
-# Copied from dawm_td3bc.py
-class TemporalConv(nn.Module):
-    """nn.Conv1d of 5 taps with zeros beyond both ends, for x [L, B, in_channels] -> [L, B, out_channels].
-
-    Windows are so short that a third to a half of what nn.Conv1d multiplies is padding. A product for each tap leaves
-    that out, and with time first what a tap reads lies in one piece: faster on a CPU (docs/speed.md).
-    """
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__()
-        like = nn.Conv1d(in_channels, out_channels, 5)
-        self.weight, self.bias = nn.Parameter(like.weight.detach().permute(2, 1, 0).contiguous()), like.bias
-
-    def forward(self, x):
-        if x.is_cuda:  # one kernel instead of five; not measured
-            return F.conv1d(x.permute(1, 2, 0), self.weight.permute(2, 1, 0), self.bias, padding=2).permute(2, 0, 1)
-        length, batch, _ = x.shape
-        skipped = ((0, 2), (0, 1), (0, 0), (1, 0), (2, 0))  # tokens that a tap does not read: first ones, last ones
-        ends = [max(0, length - tokens) * batch for tokens in range(3)]
-        reach = [(slice(a * batch, ends[b]), slice(b * batch, ends[a])) for a, b in skipped]
-        out = TapProducts.apply(x.flatten(0, 1).contiguous(), self.weight, self.bias, reach)
-        return out.view(length, batch, -1)
-
-
-# Copied from dawm_td3bc.py
-class TemporalNorm(nn.GroupNorm):
-    """nn.GroupNorm of x [L, B, channels]; from 64 channels on, a batch norm over a view is the same and faster."""
-
-    def forward(self, x):
-        if x.is_cuda or x.shape[2] < 64:
-            return F.group_norm(x.permute(1, 2, 0), self.num_groups, self.weight, self.bias, self.eps).permute(2, 0, 1)
-        groups = x.reshape(len(x), -1, x.shape[2] // self.num_groups)
-        groups = F.batch_norm(groups, None, None, training=True, eps=self.eps)
-        return torch.addcmul(self.bias, groups.view(x.shape), self.weight)
-
-
-# Copied from dawm_td3bc.py
-class MishFunction(torch.autograd.Function):
-    """x tanh(ln(1 + e^x)) = x - 2 x / m with m = (1 + e^x)^2 + 1, mostly in place: three quarters of F.mish's time."""
-
-    @staticmethod
-    def forward(ctx, x):
-        m = x.clamp(max=20).exp_().add_(1).square_().add_(1)  # beyond 20 the result is x
-        ctx.save_for_backward(x, m)
-        return torch.addcdiv(x, x, m, value=-2)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, m = ctx.saved_tensors
-        root = (m - 1).sqrt_()  # 1 + e^x
-        return (root * (root - 1)).mul_(x).mul_(4).div_(m).sub_(2).div_(m).add_(1).mul_(grad)
-
-
-# Copied from dawm_td3bc.py
-def mish(x: torch.Tensor) -> torch.Tensor:
-    return F.mish(x) if x.is_cuda else MishFunction.apply(x)
-
-
-# Copied from dawm_td3bc.py
 class ResidualBlock(nn.Module):
     """Two convolutions over time with group norm and Mish; the condition is added between them [DD code]."""
 
     def __init__(self, in_channels: int, out_channels: int, embed_dim: int):
         super().__init__()
-        self.conv1, self.norm1 = TemporalConv(in_channels, out_channels), TemporalNorm(8, out_channels)
+        self.conv1, self.norm1 = nn.Conv1d(in_channels, out_channels, 5, padding=2), nn.GroupNorm(8, out_channels)
         self.condition = nn.Linear(embed_dim, out_channels)
-        self.conv2, self.norm2 = TemporalConv(out_channels, out_channels), TemporalNorm(8, out_channels)
-        self.skip = nn.Linear(in_channels, out_channels) if in_channels != out_channels else nn.Identity()
+        self.conv2, self.norm2 = nn.Conv1d(out_channels, out_channels, 5, padding=2), nn.GroupNorm(8, out_channels)
+        self.skip = nn.Conv1d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.mish = nn.Mish()
 
-    def forward(self, x, embedding):
-        h = mish(self.norm1(self.conv1(x))) + self.condition(embedding)
-        return mish(self.norm2(self.conv2(h))) + self.skip(x)
+    def forward(self, x, embedding):  # [B, in, L], [B, embed_dim] -> [B, out, L]
+        h = self.mish(self.norm1(self.conv1(x))) + self.condition(embedding)[..., None]
+        return self.mish(self.norm2(self.conv2(h))) + self.skip(x)
 
 
 # Copied from dawm_td3bc.py
@@ -578,94 +401,73 @@ class TemporalUNet(nn.Module):
 
         self.embed_k = nn.Sequential(nn.Linear(width, 4 * width), nn.Mish(), nn.Linear(4 * width, width))
         self.embed_action, self.embed_return = mlp3(action_dim), mlp3(1)
-        half = width // 2
+        half, embed_dim = width // 2, 3 * width
         self.register_buffer("frequencies", torch.exp(torch.arange(half) * -math.log(10_000) / (half - 1)))
-        embed_dim = 3 * width
+        self.mish = nn.Mish()
         sizes = [channels, *(width * m for m in multipliers)]
         levels = list(zip(sizes[:-1], sizes[1:], strict=True))
-        self.down = nn.ModuleList(
-            nn.ModuleList(
-                [
-                    ResidualBlock(i, o, embed_dim),
-                    ResidualBlock(o, o, embed_dim),
-                    nn.Conv1d(o, o, 3, stride=2, padding=1) if o_is_not_last else nn.Identity(),
-                ]
-            )
-            for (i, o), o_is_not_last in zip(levels, [True] * (len(levels) - 1) + [False], strict=True)
-        )
+        self.down = nn.ModuleList()
+        for level, (i, o) in enumerate(levels):
+            blocks = [ResidualBlock(i, o, embed_dim), ResidualBlock(o, o, embed_dim)]
+            shorten = nn.Conv1d(o, o, 3, stride=2, padding=1) if level < len(levels) - 1 else nn.Identity()
+            self.down.append(nn.ModuleList([*blocks, shorten]))
         self.middle = nn.ModuleList([ResidualBlock(sizes[-1], sizes[-1], embed_dim) for _ in range(2)])
-        self.up = nn.ModuleList(
-            nn.ModuleList(
-                [
-                    ResidualBlock(2 * o, i, embed_dim),
-                    ResidualBlock(i, i, embed_dim),
-                    nn.ConvTranspose1d(i, i, 4, stride=2, padding=1),
-                ]
-            )
-            for i, o in reversed(levels[1:])
-        )
-        self.head_conv, self.head_norm = TemporalConv(width * multipliers[0], width), TemporalNorm(8, width)
-        self.head = nn.Linear(width, channels)
+        self.up = nn.ModuleList()
+        for i, o in reversed(levels[1:]):
+            blocks = [ResidualBlock(2 * o, i, embed_dim), ResidualBlock(i, i, embed_dim)]
+            self.up.append(nn.ModuleList([*blocks, nn.ConvTranspose1d(i, i, 4, stride=2, padding=1)]))
+        self.head_conv, self.head_norm = nn.Conv1d(sizes[1], width, 5, padding=2), nn.GroupNorm(8, width)
+        self.head = nn.Conv1d(width, channels, 1)
 
     def forward(self, x, k, action, return_to_go, keep):
         angle = k[:, None] * self.frequencies
         embedding = [self.embed_k(torch.cat([angle.sin(), angle.cos()], 1)), self.embed_return(return_to_go) * keep]
-        embedding = mish(torch.cat([*embedding, self.embed_action(action)], dim=1))
-        x, skips = x.transpose(0, 1), []  # time first: [L, B, channels]
+        embedding = self.mish(torch.cat([*embedding, self.embed_action(action)], dim=1))  # [B, 3 * width]
+        x, skips = x.transpose(1, 2), []  # [B, channels, L]
         for block1, block2, shorten in self.down:
             x = block2(block1(x, embedding), embedding)
             skips.append(x)
-            x = shorten(x.permute(1, 2, 0)).permute(2, 0, 1)
+            x = shorten(x)  # [B, width * multiplier, L / 2], rounded up; the last level stays
         for block in self.middle:
             x = block(x, embedding)
         for block1, block2, lengthen in self.up:
-            x = torch.cat([x, skips.pop()], dim=2)
-            x = lengthen(block2(block1(x, embedding), embedding).permute(1, 2, 0)).permute(2, 0, 1)
-            x = x[: len(skips[-1])]  # 9 tokens become 5, then 10: the last is cropped [unspecified]
-        return self.head(mish(self.head_norm(self.head_conv(x)))).transpose(0, 1)
+            x = torch.cat([x, skips.pop()], dim=1)
+            x = lengthen(block2(block1(x, embedding), embedding))
+            x = x[..., : skips[-1].shape[2]]  # 9 tokens become 5, then 10: the last is cropped [unspecified]
+        return self.head(self.mish(self.head_norm(self.head_conv(x)))).transpose(1, 2)
 
 
 # Copied from dawm_td3bc.py
 class WorldModel(nn.Module):
     """p(next states, rewards | state, action, return-to-go) [DAWM Eq. 1]: a denoiser and the units it works in.
 
-    The window x [B, H+2, obs_dim + 1] is normalised. Two places in it are known, not generated: the first
-    state, overwritten before every network call [DD Alg. 1], and the last reward slot, which no data defines, kept 0.
+    The window x [B, H+2, obs_dim + 1] is normalised. Two places in it are known, not generated (`generated` is 0
+    there): the first state, put back before every network call [DD Alg. 1], and the last reward slot, which no data
+    defines, kept 0. `denoiser` has the averaged weights [DWM App.]; training moves a copy of it.
     """
 
     def __init__(self, args: Args, windows: Windows):
         super().__init__()
-        self.obs_dim, action_dim = windows.obs.shape[1], windows.action.shape[1]
-        self.args = args
-        self.obs_units = Normalizer(windows.obs, args.normalizer)
-        self.reward_units = Normalizer(
-            windows.reward[:, None], "gaussian" if args.normalizer == "gaussian" else "limits"
-        )
-        self.register_buffer("low", torch.cat([self.obs_units.low, self.reward_units.low]))
-        self.register_buffer("high", torch.cat([self.obs_units.high, self.reward_units.high]))
-        alpha_bar = cosine_alpha_bar(args.diffusion_steps)
-        self.register_buffer("alpha_bar", alpha_bar.float())
-        self.denoiser = TemporalUNet(self.obs_dim + 1, action_dim, args.unet_width, args.unet_multipliers)
-        if args.compile:  # on a GPU as CUDA graphs
-            self.denoiser.compile(mode="default" if windows.obs.device.type == "cpu" else "reduce-overhead")
-
-    def normalize(self, obs: torch.Tensor, reward: torch.Tensor) -> torch.Tensor:
-        """obs [..., obs_dim], reward [...] in dataset units -> tokens [..., obs_dim + 1]."""
-        return torch.cat([self.obs_units.normalize(obs), self.reward_units.normalize(reward[..., None])], dim=-1)
+        self.args, self.obs_dim, action_dim = args, windows.obs.shape[1], windows.action.shape[1]
+        self.units = Normalizer(torch.cat([windows.obs, windows.reward[:, None]], dim=1), args.normalizer)
+        generated = torch.ones(args.model_horizon + 2, self.obs_dim + 1)
+        generated[0, : self.obs_dim] = generated[-1, -1] = 0
+        self.register_buffer("generated", generated)
+        self.register_buffer("alpha_bar", cosine_alpha_bar(args.diffusion_steps).float())
+        denoiser = TemporalUNet(self.obs_dim + 1, action_dim, args.unet_width, args.unet_multipliers)
+        self.denoiser = fast.on_cpu(denoiser, args.compile)
 
     def pin(self, x: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
-        """x with the known places of the clean window x0 put back (in place)."""
-        x[:, 0, : self.obs_dim] = x0[:, 0, : self.obs_dim]
-        x[:, -1, -1] = 0
-        return x
+        """x with the known places of the clean window x0 put back."""
+        return torch.where(self.generated > 0, x, x0)
 
     def q_sample(self, x0: torch.Tensor, k: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Noised window x_k = sqrt(alpha_bar_k) x0 + sqrt(1 - alpha_bar_k) noise [DAWM Eq. 2], k [B] in 1..K."""
         alpha_bar = self.alpha_bar[k][:, None, None]
         return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
 
-    def loss(self, x0, action, return_to_go, keep) -> torch.Tensor:
-        """Mean squared error of the prediction over all but the known places [DAWM Eq. 2].
+    def loss(self, denoiser: nn.Module, x0, action, return_to_go, keep) -> torch.Tensor:
+        """Mean squared error of the prediction over the generated places [DAWM Eq. 2].
 
         [deviation] Eq. 2 drops the whole condition; as in [DWM App.] only the return-to-go is dropped (`keep` 0), so
         that guidance pushes the return and leaves the rollout tied to its state and action.
@@ -673,10 +475,9 @@ class WorldModel(nn.Module):
         k = torch.randint(1, len(self.alpha_bar), (len(x0),), device=x0.device)
         noise = torch.randn_like(x0)
         x_k = self.pin(self.q_sample(x0, k, noise), x0)
-        prediction = self.denoiser(x_k, k, action, return_to_go, keep)
+        prediction = denoiser(x_k, k, action, return_to_go, keep)
         error = prediction - (noise if self.args.prediction == "noise" else x0)
-        error = self.pin(error, torch.zeros_like(error))
-        return error.square().sum() / (error.numel() - len(error) * (self.obs_dim + 1))
+        return (self.generated * error.square()).sum() / (self.generated.sum() * len(x0))
 
 
 # Copied from dawm_td3bc.py
@@ -689,19 +490,18 @@ def sample_rollouts(
     Returns obs [B, H+2, obs_dim], whose first is the given one to the bit, and reward [B, H+1], dataset units (H:
     model_horizon).
     """
-    batch, obs_dim, low, high = len(obs), obs.shape[1], world_model.low, world_model.high
-    known = torch.zeros(batch, args.model_horizon + 2, obs_dim + 1, device=obs.device)
-    known[:, 0, :obs_dim] = world_model.obs_units.normalize(obs)
+    batch, units = len(obs), world_model.units
+    known = torch.zeros(batch, *world_model.generated.shape, device=obs.device)
+    known[:, 0] = units.normalize(F.pad(obs, (0, 1)))
     # Both guidance branches, with and without return-to-go, go through the network as one batch.
     action, return_to_go = torch.cat([action, action]), torch.cat([return_to_go, return_to_go])
     keep = (torch.arange(2 * batch, device=obs.device) < batch).float()[:, None]
     alpha_bar = cosine_alpha_bar(args.diffusion_steps)
     steps = strided_steps(args.diffusion_steps, args.sampling_steps)
+    coefficients = posterior_coefficients(alpha_bar, steps)
     x = torch.randn_like(known)  # [DWM App.]; DD's code starts from half of it
-    for k, (weight_x0, weight_x_k, std) in reversed(
-        [*zip(steps, posterior_coefficients(alpha_bar, steps), strict=True)]
-    ):
-        world_model.pin(x, known)
+    for k, (weight_x0, weight_x_k, std) in reversed([*zip(steps, coefficients, strict=True)]):
+        x = world_model.pin(x, known)
         k_batch = torch.full((2 * batch,), k, device=obs.device)
         cond, uncond = world_model.denoiser(torch.cat([x, x]), k_batch, action, return_to_go, keep).chunk(2)
         prediction = uncond + args.guidance_scale * (cond - uncond)  # [DD Eq. 8], its omega = 1 + [CFG]'s w
@@ -709,75 +509,63 @@ def sample_rollouts(
         if args.prediction == "noise":
             # At k = K this multiplies the network's error by 103 (K=5): the clamp makes the first step usable.
             x0 = (x - (1 - alpha_bar[k]).sqrt().item() * prediction) / alpha_bar[k].sqrt().item()
-        x0 = world_model.pin(x0.clamp(low, high), known)
+        x0 = world_model.pin(x0.clamp(units.low, units.high), known)
         std = args.sampling_temperature * std  # scales std, not variance [DWM]; 0 at the last step
         x = weight_x0 * x0 + weight_x_k * x + std * torch.randn_like(x)
-    rollout = torch.cat([obs[:, None], world_model.obs_units.denormalize(x[:, 1:, :obs_dim])], dim=1)
-    return rollout, world_model.reward_units.denormalize(x[:, :-1, -1:])[..., 0]
+    tokens = units.denormalize(x)
+    return torch.cat([obs[:, None], tokens[:, 1:, :-1]], dim=1), tokens[:, :-1, -1]
+
+
+# Copied from dawm_td3bc.py
+def world_model_split(args: Args, windows: Windows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices of the windows to train on, and of those held out. UserError if none is left to train on."""
+    train, held_out = windows.split(windows.usable, args.world_model_holdout, args.world_model_seed)
+    if not len(train):
+        raise UserError(f"--world-model-holdout {args.world_model_holdout} keeps every long episode away; lower it")
+    return train, held_out
 
 
 # Copied from dawm_td3bc.py
 def train_world_model(args: Args, windows: Windows, run: Run) -> WorldModel:
-    """Fit the denoiser by Eq. 2, or by its x0 form; the returned model carries the averaged weights [DWM App.]."""
-    kept = Kept(run, "world model", train_world_model)
+    """Fit the denoiser by Eq. 2, or by its x0 form."""
     run.seed("world_model", args.world_model_seed)
     world_model = WorldModel(args, windows).to(run.device)
-    if kept.tensors is not None:
-        world_model.load_state_dict(kept.tensors)
-        return world_model
-    ema_denoiser = copy.deepcopy(world_model.denoiser)
-    parameters, ema_parameters = list(world_model.denoiser.parameters()), list(ema_denoiser.parameters())
+    denoiser = copy.deepcopy(world_model.denoiser)
+    parameters, averaged = list(denoiser.parameters()), list(world_model.denoiser.parameters())
     optimizer = torch.optim.Adam(parameters, lr=args.world_model_lr, fused=True)
-    held_out = windows.held_out(args.world_model_holdout, args.world_model_seed)
-    train = (windows.usable & ~held_out).nonzero()[:, 0]
-    if not len(train):
-        raise UserError(f"--world-model-holdout {args.world_model_holdout} keeps every long episode away; lower it")
-    normalized = world_model.normalize(windows.obs, windows.reward)  # once, not for every batch
-    with run.stage("world model", args.world_model_steps, "update", (world_model, ema_denoiser, optimizer)) as stage:
+    train, held_out = world_model_split(args, windows)
+    normalized = world_model.units.normalize(torch.cat([windows.obs, windows.reward[:, None]], dim=1))  # once for all
+
+    def loss_of(denoiser, index):
+        x0 = normalized[windows.rows(index)]
+        x0[:, -1, -1] = 0
+        keep = (torch.rand(len(index), 1, device=run.device) >= args.cond_drop_prob).float()
+        return world_model.loss(denoiser, x0, windows.action[index], windows.return_to_go[index, None], keep)
+
+    @torch.no_grad()
+    def held_out_loss():
+        with torch.random.fork_rng():  # the same windows and noise every time, and none of the training's
+            torch.manual_seed(args.world_model_seed)
+            return loss_of(world_model.denoiser, held_out[torch.randint(len(held_out), (512,), device=run.device)])
+
+    with run.stage(
+        train_world_model, args.world_model_steps, "update", keeps=world_model, saves=(denoiser, optimizer)
+    ) as stage:
         for step in stage:
-            index = train[torch.randint(len(train), (args.world_model_batch_size,), device=run.device)]
-            x0 = normalized[windows.rows(index)]
-            x0[:, -1, -1] = 0
-            keep = (torch.rand(len(index), 1, device=run.device) >= args.cond_drop_prob).float()
-            loss = world_model.loss(x0, windows.action[index], windows.return_to_go[index, None], keep)
+            loss = loss_of(
+                denoiser, train[torch.randint(len(train), (args.world_model_batch_size,), device=run.device)]
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if step % args.ema_every == 0:
+            if step % args.ema_every == 0 or step == args.world_model_steps:
                 with torch.no_grad():
-                    rate = 1 - args.ema_decay if step > args.ema_start else 1.0
-                    torch._foreach_lerp_(ema_parameters, parameters, rate)
+                    torch._foreach_lerp_(averaged, parameters, 1 - args.ema_decay if step > args.ema_start else 1.0)
             if step % args.log_every == 0 or step == args.world_model_steps:
                 run.log(step, {"world_model/loss": loss})
-    if args.world_model_steps >= args.ema_every:
-        world_model.denoiser.load_state_dict(ema_denoiser.state_dict())
-    kept.keep(world_model.state_dict())
+                if len(held_out):
+                    run.log(step, {"world_model/val_loss": held_out_loss()})
     return world_model
-
-
-# Copied from dawm_td3bc.py
-def measure_world_model(args: Args, world_model: WorldModel, windows: Windows, run: Run) -> None:
-    """Log the root mean squared error of rollouts on held-out windows, per step, in standard deviations of the data.
-
-    Each rollout is asked for its window's own return-to-go. Only step 1 measures the model alone: what follows depends
-    on the behaviour policy's noise too, which nothing can predict.
-    """
-    held_out = windows.held_out(args.world_model_holdout, args.world_model_seed)
-    index = (windows.fits & held_out).nonzero()[:, 0]
-    if not len(index):
-        return
-    run.seed("measure", args.world_model_seed)
-    index = index[torch.linspace(0, len(index) - 1, 2048, device=index.device).long()]
-    obs, reward = windows.obs[windows.rows(index)], windows.reward[windows.rows(index)]
-    target = windows.return_to_go[index, None]
-    made_obs, made_reward = sample_rollouts(args, world_model, obs[:, 0], windows.action[index], target)
-    obs_error = ((made_obs - obs) / (windows.obs.std(0) + 1e-6)).square().mean((0, 2)).sqrt()[1:]
-    reward_error = (
-        ((made_reward - reward[:, :-1]) / (windows.reward[windows.start].std() + 1e-6)).square().mean(0).sqrt()
-    )
-    names = [f"world_model/val_{what}_error_step{i + 1}" for what in ("obs", "reward") for i in range(len(obs_error))]
-    errors = torch.cat([obs_error, reward_error]).tolist()
-    run.log(args.world_model_steps, dict(zip(names, errors, strict=True)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -789,20 +577,18 @@ def measure_world_model(args: Args, world_model: WorldModel, windows: Windows, r
 class InverseDynamics(nn.Module):
     """Tanh-squashed diagonal Gaussian over the action between two states, with one state of context [DAWM Eq. 3].
 
-    Input: obs triples (previous, current, next) [..., 3 * obs_dim], dataset units; without context the first of them
-    is not looked at. [unspecified] tanh: SSORL's code.
+    Input: obs triples (previous, current, next) [..., 3 * obs_dim], dataset units. [unspecified] tanh: SSORL's code.
     """
 
     def __init__(self, args: Args, obs: torch.Tensor, action_dim: int):
         super().__init__()
-        width, states = args.idm_width, 2 + args.idm_context
-        self.in_dim = states * obs.shape[1]
-        self.register_buffer("obs_mean", obs.mean(0).repeat(states))
-        self.register_buffer("obs_std", obs.std(0).repeat(states) + 1e-6)
+        self.register_buffer("obs_mean", obs.mean(0).repeat(3))
+        self.register_buffer("obs_std", obs.std(0).repeat(3) + 1e-6)
 
         def network():  # two hidden layers, mean and spread apart [DAWM App.]
-            layers = [nn.Linear(self.in_dim, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
-            layers += [nn.Dropout(args.idm_dropout), nn.Linear(width, action_dim)]
+            layers = [nn.Linear(3 * obs.shape[1], args.idm_width), nn.ReLU()]
+            layers += [nn.Linear(args.idm_width, args.idm_width), nn.ReLU()]
+            layers += [nn.Dropout(args.idm_dropout), nn.Linear(args.idm_width, action_dim)]
             for layer in layers:
                 if isinstance(layer, nn.Linear):
                     nn.init.orthogonal_(layer.weight)  # [SSORL code]
@@ -811,23 +597,15 @@ class InverseDynamics(nn.Module):
 
         self.mean, self.log_std = network(), network()
 
-    def normalize(self, triples: torch.Tensor) -> torch.Tensor:
-        return (triples[..., -self.in_dim :] - self.obs_mean) / self.obs_std
-
     def gaussian(self, triples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log of the standard deviation, before the tanh, both [..., action_dim]."""
-        states = self.normalize(triples)
+        states = (triples - self.obs_mean) / self.obs_std
         log_std = -1.5 + 3.5 * torch.tanh(self.log_std(states))  # in [-5, 2] [SSORL code]; its dropout is drawn first
         return self.mean(states), log_std
 
     def forward(self, triples: torch.Tensor) -> torch.Tensor:
         """The action at the Gaussian's mean, in (-1, 1)."""
-        return torch.tanh(self.mean(self.normalize(triples)))
-
-    def sample(self, triples: torch.Tensor) -> torch.Tensor:
-        """An action drawn from the Gaussian, in (-1, 1)."""
-        mean, log_std = self.gaussian(triples)
-        return torch.tanh(mean + log_std.exp() * torch.randn_like(mean))
+        return torch.tanh(self.mean((triples - self.obs_mean) / self.obs_std))
 
     def log_prob(self, triples: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         """Log-density of action [B, action_dim] -> [B]."""
@@ -843,32 +621,35 @@ def tanh_normal_log_prob(action: torch.Tensor, mean: torch.Tensor, log_std: torc
 
 
 # Copied from dawm_td3bc.py
+def idm_split(args: Args, windows: Windows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices of pairs with a predecessor in their episode: to train on, and held out. UserError if one is empty."""
+    has_past = F.pad(windows.episode[1:] == windows.episode[:-1], (1, 0))
+    train, held_out = windows.split(has_past, args.idm_holdout, args.idm_seed)
+    if not len(train) or not len(held_out):
+        raise UserError(
+            f"--idm-holdout {args.idm_holdout} leaves an empty part of {len(windows.last)} episodes; two or more are "
+            "needed, of two steps or more"
+        )
+    return train, held_out
+
+
+# Copied from dawm_td3bc.py
 def train_inverse_dynamics(args: Args, windows: Windows, run: Run) -> InverseDynamics:
     """Maximum likelihood on real triples; returns the weights that were best on held-out episodes."""
-    kept = Kept(run, "inverse dynamics", train_inverse_dynamics)
     run.seed("idm", args.idm_seed)
     inverse_dynamics = InverseDynamics(args, windows.obs, windows.action.shape[1]).to(run.device)
-    if kept.tensors is not None:
-        inverse_dynamics.load_state_dict(kept.tensors)
-        return inverse_dynamics.eval()
+    best, best_loss = copy.deepcopy(inverse_dynamics).eval(), {"value": math.inf}
     optimizer = torch.optim.Adam(inverse_dynamics.parameters(), lr=args.idm_lr, fused=True)
-    # The middle of a triple is a real pair's state with a predecessor in its episode.
-    has_past = torch.zeros_like(windows.usable)
-    has_past[1:] = windows.episode[1:] == windows.episode[:-1]
-    held_out = windows.held_out(args.idm_holdout, args.idm_seed)
-    train, measure = (has_past & ~held_out).nonzero()[:, 0], (has_past & held_out).nonzero()[:, 0]
-    if not len(train) or not len(measure):
-        raise UserError(
-            f"--idm-holdout {args.idm_holdout} leaves an empty part; episodes of two steps or more are needed"
-        )
-    measure = measure[torch.linspace(0, len(measure) - 1, min(len(measure), 10_000), device=run.device).long()]
+    train, held_out = idm_split(args, windows)
+    held_out = held_out[torch.linspace(0, len(held_out) - 1, min(len(held_out), 10_000), device=run.device).long()]
 
     def triples(index):
         row = windows.start[index]
         return torch.cat([windows.obs[row - 1], windows.obs[row], windows.obs[row + 1]], dim=1)
 
-    best = {"loss": math.inf}
-    with run.stage("inverse dynamics", args.idm_steps, "update", (inverse_dynamics, optimizer, best)) as stage:
+    with run.stage(
+        train_inverse_dynamics, args.idm_steps, "update", keeps=best, saves=(inverse_dynamics, optimizer, best_loss)
+    ) as stage:
         for step in stage:
             index = train[torch.randint(len(train), (args.idm_batch_size,), device=run.device)]
             loss = -inverse_dynamics.log_prob(triples(index), windows.action[index]).mean()
@@ -878,17 +659,14 @@ def train_inverse_dynamics(args: Args, windows: Windows, run: Run) -> InverseDyn
             if step % args.log_every == 0 or step == args.idm_steps:
                 inverse_dynamics.eval()
                 with torch.no_grad():
-                    held_out_loss = -inverse_dynamics.log_prob(triples(measure), windows.action[measure]).mean()
-                    error = (inverse_dynamics(triples(measure)) - windows.action[measure]).square().mean()
+                    held_out_loss = -inverse_dynamics.log_prob(triples(held_out), windows.action[held_out]).mean()
+                    error = (inverse_dynamics(triples(held_out)) - windows.action[held_out]).square().mean()
                 inverse_dynamics.train()
                 run.log(step, {"idm/loss": loss, "idm/val_loss": held_out_loss, "idm/val_mse": error})
-                if held_out_loss < best["loss"]:
-                    best["loss"], best["mse"] = float(held_out_loss), float(error)
-                    best["weights"] = copy.deepcopy(inverse_dynamics.state_dict())
-    inverse_dynamics.load_state_dict(best["weights"])
-    run.log(args.idm_steps, {f"idm/best_val_{name}": best[name] for name in ("loss", "mse")})
-    kept.keep(best["weights"])
-    return inverse_dynamics.eval()
+                if held_out_loss < best_loss["value"]:
+                    best_loss["value"] = float(held_out_loss)
+                    best.load_state_dict(inverse_dynamics.state_dict())
+    return best
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -898,99 +676,106 @@ def train_inverse_dynamics(args: Args, windows: Windows, run: Run) -> InverseDyn
 
 
 # Copied from dawm_td3bc.py
-def has_fallen(robot: str, obs: torch.Tensor) -> torch.Tensor:
-    """The simulator's own rule for the end of an episode, on obs [..., obs_dim] in dataset units -> bool [...]."""
-    if robot == "hopper":
-        height, angle = obs[..., 0], obs[..., 1]
-        return ~((obs[..., 1:].abs() < 100).all(-1) & (height > 0.7) & (angle.abs() < 0.2))
-    if robot == "walker2d":
-        height, angle = obs[..., 0], obs[..., 1]
-        return ~((height > 0.8) & (height < 2.0) & (angle.abs() < 1.0))
-    return torch.zeros(obs.shape[:-1], dtype=torch.bool, device=obs.device)  # halfcheetah never ends early
+def row_sizes(obs_dim: int, action_dim: int) -> list[int]:
+    """Columns of obs, action, reward, next_obs and terminated in a row."""
+    return [obs_dim, action_dim, 1, obs_dim, 1]
 
 
 # Copied from dawm_td3bc.py
-def real_transitions(dataset: OfflineDataset, device: torch.device) -> torch.Tensor:
-    """The data set as rows [N, 2 * obs_dim + action_dim + 2].
+def imagine(args: Args, windows: Windows, world_model: WorldModel, index: torch.Tensor):
+    """States [B, model_horizon+2, obs_dim] and rewards [B, model_horizon+1] that follow the real pairs `index` [B]."""
+    target = target_return(args)
+    if target == "own":
+        target = windows.return_to_go[index, None]
+    else:  # [DAWM Alg. 2]: one g_eval for every pair
+        target = torch.full((len(index), 1), target, device=index.device)
+    return sample_rollouts(args, world_model, windows.obs[windows.start[index]], windows.action[index], target)
 
-    [deviation] Rows at a time limit are kept and bootstrapped, since their successor is known; TD3BC's code skips them.
+
+# Copied from dawm_td3bc.py
+@torch.no_grad()
+def infer_actions(inverse_dynamics: InverseDynamics, obs: torch.Tensor) -> torch.Tensor:
+    """Actions of steps 1..H between the states obs [B, H+2, obs_dim] -> [B, H, action_dim] [DAWM Eq. 3].
+
+    At the mean of the Gaussian [SSORL code], [unspecified] in DAWM. The context of the first is the real state.
     """
-    columns = [dataset.obs, dataset.action, dataset.reward[:, None], dataset.next_obs, dataset.terminated[:, None]]
-    return torch.as_tensor(np.concatenate(columns, axis=1, dtype=np.float32), device=device)
+    return inverse_dynamics(torch.cat([obs[:, :-2], obs[:, 1:-1], obs[:, 2:]], dim=-1))
 
 
 # Copied from dawm_td3bc.py
-class Synthesizer:
-    """Turns real pairs into complete synthetic transitions [DAWM Alg. 2]."""
+def mark_ends(args: Args, windows: Windows, obs: torch.Tensor, reward: torch.Tensor):
+    """Not in the paper: terminated, reward and valid (false after an end) of the first H+1 steps, each [B, H+1].
 
-    def __init__(self, args: Args, robot: str, windows: Windows, world_model, inverse_dynamics):
-        self.args, self.robot, self.windows = args, robot, windows
-        self.world_model, self.inverse_dynamics = world_model, inverse_dynamics
-
-    def __call__(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rollouts from the real pairs `index` [B]: rows [B, H+1, row_dim], and valid [B, H+1], false after a fall."""
-        args, windows = self.args, self.windows
-        target = target_return(args)
-        if target == "own":
-            target = windows.return_to_go[index, None]
-        else:  # [DAWM Alg. 2]: one g_eval for every pair
-            target = torch.full((len(index), 1), target, device=index.device)
-        obs, action = windows.obs[windows.start[index]], windows.action[index]
-        obs, reward = sample_rollouts(args, self.world_model, obs, action, target)
-        # [deviation] The boxes have no (1 - terminated); without it no critic learns that a fall ends the rewards. The
-        # simulator's rule alone misses falls that end just inside its limits, and values can then grow without bound
-        # on the frozen states that follow (README).
-        over = windows.is_over(reward)
-        terminated = has_fallen(self.robot, obs[:, 1:])
-        terminated[:, :-1] |= over[:, 1:]
-        terminated = terminated[:, : args.horizon + 1] & (args.termination == "rule")
-        obs, reward = obs[:, : args.horizon + 2], reward.masked_fill(over, 0)[:, : args.horizon + 1]
-        # Triples for steps 1..H; the context of the first is the real state [DAWM Sec. 4].
-        triples = torch.cat([obs[:, :-2], obs[:, 1:-1], obs[:, 2:]], dim=-1)
-        with torch.no_grad():
-            complete = self.inverse_dynamics if args.completion == "mean" else self.inverse_dynamics.sample
-            action = torch.cat([action[:, None], complete(triples)], dim=1)
-        ended_before = torch.cumsum(terminated, 1) - terminated.int() > 0
-        rows = [obs[:, :-1], action, reward[..., None], obs[:, 1:], terminated[..., None]]
-        return torch.cat(rows, dim=-1), ~ended_before
+    [deviation] The boxes have no (1 - terminated); without it no critic learns that a fall ends the rewards. The
+    simulator's rule alone misses falls that end just inside its limits, and values can then grow without bound on the
+    frozen states that follow: so the model's own sign, a reward below all real ones, counts as well.
+    """
+    over = windows.is_over(reward)
+    terminated = F.pad(over[:, 1:], (0, 1))  # the step before an episode that is over ended it
+    if windows.healthy is not None:
+        low, high = windows.healthy
+        terminated |= ~((obs[:, 1:] > low) & (obs[:, 1:] < high)).all(-1)
+    terminated = terminated[:, : args.horizon + 1] & (args.termination == "rule")
+    ended_before = torch.cumsum(terminated, 1) - terminated.int() > 0
+    return terminated, reward.masked_fill(over, 0)[:, : args.horizon + 1], ~ended_before
 
 
 # Copied from dawm_td3bc.py
-def synthesize(args: Args, synthesizer: Synthesizer, run: Run) -> torch.Tensor:
-    """One rollout for every real pair, or one of conditioning_subsample of them -> rows [M, row_dim]."""
-    kept = Kept(run, "synthesis", synthesize, after=("world model", "inverse dynamics"))
-    if kept.tensors is not None:
-        return kept.tensors["transitions"]
+def complete_rollouts(args: Args, windows: Windows, world_model, inverse_dynamics, index: torch.Tensor):
+    """From the real pairs `index` [B], H+1 complete transitions each: rows [B, H+1, row_dim] and valid [B, H+1]."""
+    # Alg. 2: sample rewards and states of H+1 steps from the world model, given s_t, a_t and the return asked for
+    obs, reward = imagine(args, windows, world_model, index)
+    terminated, reward, valid = mark_ends(args, windows, obs, reward)
+    # Alg. 2: infer the missing actions from the states around them
+    obs = obs[:, : args.horizon + 2]
+    action = torch.cat([windows.action[index, None], infer_actions(inverse_dynamics, obs)], dim=1)
+    # Alg. 2: label the transitions h = 0..H; only s_t and a_t of the first are real
+    rows = [obs[:, :-1], action, reward[..., None], obs[:, 1:], terminated[..., None]]
+    return torch.cat(rows, dim=-1), valid
+
+
+# Copied from dawm_td3bc.py
+def synthesize(args: Args, windows: Windows, world_model, inverse_dynamics, run: Run) -> dict[str, torch.Tensor]:
+    """A rollout from every real pair, or one of conditioning_subsample of them: rows [M, H+1, row_dim], valid [M, H+1].
+
+    They stay in the CPU's memory, 4 * row_dim bytes each; the agent takes the valid ones to its device.
+    """
     run.seed("synthesis", args.synthesis_seed)
-    pairs = len(synthesizer.windows.start)
+    pairs, action_dim = windows.action.shape
     chosen = torch.randperm(pairs, device=run.device)[: max(1, pairs // args.conditioning_subsample)]
-    obs_dim, action_dim = synthesizer.world_model.obs_dim, synthesizer.windows.action.shape[1]
-    stored = RowFile(run, "synthesis", 2 * obs_dim + action_dim + 2)
-    made = {"at_bounds": 0.0, "falls": 0.0}
-    inference = torch.inference_mode(not args.compile)  # it and CUDA graphs do not mix: pytorch issue 135892
-    with inference, run.stage("synthesis", len(chosen), "pair", (made, stored)) as stage:
+    shape, sizes = (len(chosen), args.horizon + 1), row_sizes(world_model.obs_dim, action_dim)
+    rollouts = {"rows": torch.zeros(*shape, sum(sizes)), "valid": torch.zeros(shape, dtype=torch.bool)}
+    with run.stage(synthesize, len(chosen), "pair", keeps=rollouts, after=("world model", "inverse dynamics")) as stage:
         for index in stage.over(chosen.split(args.synthesis_batch_size)):
-            rows, valid = synthesizer(index)
-            stored.append(rows[valid])
-            at_bounds = rows[:, 1:, obs_dim : obs_dim + action_dim].abs() > 0.999
-            made["at_bounds"] += at_bounds.float().mean() * len(index)
-            made["falls"] += rows[..., -1].amax(1).sum()
-    transitions = stored.tensor(run.device)
+            here = slice(stage.at, stage.at + len(index))
+            rows, valid = complete_rollouts(args, windows, world_model, inverse_dynamics, index)
+            rollouts["rows"][here], rollouts["valid"][here] = rows, valid
+    _, action, reward, _, terminated = rollouts["rows"].split(sizes, dim=-1)
     run.log(
         0,
         {
-            "synthesis/transitions": len(transitions),
-            "synthesis/mean_reward": transitions[:, -2 - obs_dim].mean(),
-            "synthesis/action_clip_fraction": made["at_bounds"] / len(chosen),
-            "synthesis/fall_fraction": made["falls"] / len(chosen),
+            "synthesis/transitions": rollouts["valid"].sum(),
+            "synthesis/mean_reward": reward[rollouts["valid"]].mean(),
+            "synthesis/action_clip_fraction": (action[:, 1:].abs() > 0.999).float().mean(),
+            "synthesis/fall_fraction": terminated.amax(1).mean(),
         },
     )
-    return kept.keep({"transitions": transitions})["transitions"]
+    return rollouts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 6. Agent: IQL
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+# Copied from dawm_td3bc.py
+def real_transitions(dataset: OfflineDataset, device: torch.device) -> torch.Tensor:
+    """The data set as rows [N, row_dim].
+
+    [deviation] Rows at a time limit are kept and bootstrapped, since their successor is known; TD3BC's code skips them.
+    """
+    columns = [dataset.obs, dataset.action, dataset.reward[:, None], dataset.next_obs, dataset.terminated[:, None]]
+    return torch.as_tensor(np.concatenate(columns, axis=1, dtype=np.float32), device=device)
 
 
 # Copied from dawm_td3bc.py
@@ -1060,13 +845,16 @@ def expectile_loss(difference: torch.Tensor, expectile: float) -> torch.Tensor:
     return ((difference < 0).float() - expectile).abs().mul(difference.square()).mean()
 
 
-class IQL:
-    """Policy, value, twin critics and their targets; `update` is one step of [DAWM Alg. 3] in the form of [IQL]."""
+class IQL(nn.Module):
+    """Policy, value, twin critics and their targets; `update` is one step of [DAWM Alg. 3] in the form of [IQL].
+
+    obs [N, obs_dim] gives the units of the networks: those of the real data, for synthetic data too.
+    """
 
     def __init__(self, args: Args, obs: torch.Tensor, action_dim: int, reward_factor: float):
-        self.args, self.reward_factor, obs_dim = args, reward_factor, obs.shape[1]
-        self.sizes = [obs_dim, action_dim, 1, obs_dim, 1]  # of a row's parts
-        mean, std = obs.mean(0), obs.std(0) + 1e-3  # of the real data, for synthetic data too
+        super().__init__()
+        self.args, self.reward_factor, self.row_sizes = args, reward_factor, row_sizes(obs.shape[1], action_dim)
+        mean, std = obs.mean(0), obs.std(0) + 1e-3
         if not args.normalize_obs:
             mean, std = torch.zeros_like(mean), torch.ones_like(std)
         self.actor = Policy(mean, std, action_dim, args.policy).to(obs.device)
@@ -1076,19 +864,20 @@ class IQL:
         self.qf_parameters = [*self.qf1.parameters(), *self.qf2.parameters()]
         self.qf_target_parameters = [*self.qf1_target.parameters(), *self.qf2_target.parameters()]
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=args.agent_lr, fused=True)
-        self.critic_parameters = [*self.qf_parameters, *self.vf.parameters()]
-        self.critic_optimizer = torch.optim.Adam(self.critic_parameters, lr=args.agent_lr, fused=True)
+        critic_parameters = [*self.qf_parameters, *self.vf.parameters()]
+        self.critic_optimizer = torch.optim.Adam(critic_parameters, lr=args.agent_lr, fused=True)
         actor_updates = max(1, args.agent_updates // args.policy_delay)
         self.actor_schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.actor_optimizer, actor_updates)
 
     def update(self, batch: torch.Tensor, update_actor: bool) -> dict[str, torch.Tensor]:
         """One update of value and critics on rows [B, row_dim] and, if asked for, of targets and policy. Losses."""
-        obs, action, reward, next_obs, terminated = batch.split(self.sizes, dim=1)
+        obs, action, reward, next_obs, terminated = batch.split(self.row_sizes, dim=1)
         # Both before any network moves, as in IQL's code.
         target = self.td_target(reward[:, 0], next_obs, terminated[:, 0])
         with torch.no_grad():  # the target critics, as in IQL's code; the online ones are printed [deviation]
             q = torch.minimum(self.qf1_target(obs, action), self.qf2_target(obs, action))
         advantage = q - self.vf(obs)
+        # Alg. 3: a step of V on its error to min Q'(s, a), and of each critic on its own to y = r + gamma V(s')
         vf_loss = expectile_loss(advantage, self.args.expectile)
         qf_loss = (F.mse_loss(self.qf1(obs, action), target) + F.mse_loss(self.qf2(obs, action), target)) / 2
         self.critic_optimizer.zero_grad()
@@ -1100,6 +889,7 @@ class IQL:
             "agent/qf_target": target.mean(),
         }
         if update_actor:
+            # Alg. 3: every n-th time the targets follow, and the policy clones what its advantage weighs
             with torch.no_grad():
                 torch._foreach_lerp_(self.qf_target_parameters, self.qf_parameters, self.args.tau)
             actor_loss, weight = self.actor_loss(obs, action, advantage.detach())
@@ -1129,30 +919,11 @@ class IQL:
 
 
 # Copied from dawm_td3bc.py
-def batches(args: Args, real: torch.Tensor, synthetic: torch.Tensor | None, synthesizer: Synthesizer | None, at: dict):
-    """Endless (rows, update_actor): what each critic update learns from, and whether the actor follows it.
-
-    `at` begins as {"count": 0, "h": 0} and is kept up, so that an interrupted run goes on there.
-    """
-    device = real.device
-    while args.synthesis == "online" and args.synthetic_fraction > 0:
-        h = at["h"]
-        if h == 0:  # [DAWM Alg. 2]: fresh rollouts, then one update per step h = 0..H of them
-            at["count"] += 1
-            at["rows"], at["valid"] = synthesizer(torch.randint(len(real), (args.agent_batch_size,), device=device))
-        at["h"] = (h + 1) % (args.horizon + 1)
-        batch = at["rows"][:, h][at["valid"][:, h]]
-        if len(batch):
-            yield batch, at["count"] % args.policy_delay == 0  # n counts outer iterations, as printed
+def draw_batch(args: Args, real: torch.Tensor, synthetic: torch.Tensor | None) -> torch.Tensor:
+    """Rows [agent_batch_size, row_dim], synthetic_fraction of them synthetic."""
     num_synthetic = round(args.synthetic_fraction * args.agent_batch_size)
-    while True:
-        at["count"] += 1
-        parts = []
-        for source, size in ((synthetic, num_synthetic), (real, args.agent_batch_size - num_synthetic)):
-            if size:
-                index = torch.randint(len(source), (size,), device=device)
-                parts.append(source.index_select(0, index.to(source.device)).to(device))
-        yield torch.cat(parts) if len(parts) > 1 else parts[0], at["count"] % args.policy_delay == 0
+    sources = ((synthetic, num_synthetic), (real, args.agent_batch_size - num_synthetic))
+    return torch.cat([rows[torch.randint(len(rows), (n,), device=rows.device)] for rows, n in sources if n])
 
 
 def reward_factor(args: Args, dataset: OfflineDataset) -> float:
@@ -1166,48 +937,36 @@ def reward_factor(args: Args, dataset: OfflineDataset) -> float:
 
 
 # Adapted from dawm_td3bc.py: IQL, whose rewards are scaled by the real data's returns
-def train_agent(args: Args, dataset: OfflineDataset, synthetic, synthesizer, evaluator: Evaluator, run: Run):
-    """IQL on synthetic and real rows -> the mean return of every evaluation, in order; keeps the policy."""
+def train_agent(args: Args, dataset: OfflineDataset, rollouts, complete, evaluator: Evaluator, run: Run) -> IQL:
+    """IQL on real rows and on `rollouts` (see synthesize), or, online, on those that complete(index) makes."""
     run.seed("agent", args.seed)
     real = real_transitions(dataset, run.device)
-    obs_dim, action_dim = dataset.obs.shape[1], dataset.action.shape[1]
+    synthetic = None if rollouts is None else rollouts["rows"][rollouts["valid"]].to(run.device)
     factor = reward_factor(args, dataset)
-    agent = IQL(args, real[:, :obs_dim], action_dim, factor)
+    agent = IQL(args, real[:, : dataset.obs.shape[1]], dataset.action.shape[1], factor)
     # No policy's values lie above this where rewards are like the data's: a mean target beyond it means divergence.
     run.bounds["agent/qf_target"] = factor * np.abs(dataset.reward).max() / max(1 - args.gamma, 1e-9)
-    resumable(run, "agent", train_agent)
-    progress = {"losses": {}, "returns": [], "at": {"count": 0, "h": 0}}
-    with run.stage("agent", args.agent_updates, "update", (agent, progress)) as stage:
-        source = batches(args, real, synthetic, synthesizer, progress["at"])
-        for update in stage:
-            progress["losses"] |= agent.update(*next(source))
+    online, losses, now = args.synthesis == "online" and args.synthetic_fraction > 0, {}, {}
+    optimizers = agent.actor_optimizer, agent.critic_optimizer, agent.actor_schedule
+    with run.stage(
+        train_agent, args.agent_updates, "update", keeps=agent, saves=(*optimizers, losses, now), private=True
+    ) as stage:
+        for update in stage:  # Alg. 3: for i = 1, 2, ...; online, each i is H+1 updates, one for every step h
+            if online:
+                i, h = divmod(update + args.horizon, args.horizon + 1)
+                if h == 0:  # Alg. 3: sample pairs (s_t, a_t) from the data, roll out, fill in the actions
+                    pairs = torch.randint(len(real), (args.agent_batch_size,), device=run.device)
+                    now["rows"], now["valid"] = complete(pairs)
+                batch = now["rows"][:, h][now["valid"][:, h]]
+            else:
+                i, batch = update, draw_batch(args, real, synthetic)
+            if len(batch):  # all rollouts of a small batch may have ended before step h
+                losses |= agent.update(batch, update_actor=i % args.policy_delay == 0)
             if update % args.log_every == 0 or update == args.agent_updates:
-                run.log(update, progress["losses"])
+                run.log(update, losses)
             if update % args.eval_every == 0 or update == args.agent_updates:
-                progress["returns"].append(evaluate(agent.actor, evaluator, dataset, update, run))
-                stage.bar.set_postfix(episodic_return=f"{progress['returns'][-1]:.0f}")
-    run.save("actor", agent.actor.state_dict())
-    return progress["returns"]
-
-
-# Copied from dawm_td3bc.py
-def evaluate(actor: nn.Module, evaluator: Evaluator, dataset: OfflineDataset, update: int, run: Run) -> float:
-    """Mean return of whole episodes of the deterministic actor [TD3BC]; logs it, and the score where one is defined."""
-
-    @torch.no_grad()
-    def policy(obs: np.ndarray) -> np.ndarray:
-        return actor(torch.as_tensor(obs, device=run.device)).cpu().numpy()
-
-    with run.timed("evaluation"):
-        returns = evaluator(policy, seed=run.args.seed + 100)  # as TD3BC's code
-    mean = float(returns.mean())
-    score = normalized_score(dataset.robot, mean)
-    run.log(
-        update,
-        {"eval/episodic_return": mean, "eval/episodic_return_std": returns.std()}
-        | ({} if score is None else {"eval/normalized_score": score}),
-    )
-    return mean
+                evaluate(agent.actor, evaluator, run, update)
+    return agent
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1215,31 +974,39 @@ def evaluate(actor: nn.Module, evaluator: Evaluator, dataset: OfflineDataset, up
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def main(args: Args) -> float:
+def main(args: Args, run: Run | None = None) -> SimpleNamespace:
+    """All parts that the method has, made, or found where `run` has finished before."""
     check_args(args)
-    run = Run(args)
-    with run.timed("data"):
-        dataset = load_dataset(args.env_id, args.data_path)
-    args.physics = dataset.physics if args.physics == "auto" else args.physics
-    evaluator = Evaluator(
-        dataset.simulator, args.physics, args.eval_episodes, dataset.simulator_kwargs, dataset.obs.shape[1]
-    )
-    synthetic = synthesizer = None
+    run = run or Run(args)
+    dataset = load_dataset(args.env_id, args.data_path)
+    evaluator = Evaluator(dataset, args.physics, args.eval_episodes)
+    reward_factor(args, dataset)  # what it refuses is told before anything is made
+    windows = world_model = inverse_dynamics = rollouts = complete = None
     if args.synthetic_fraction > 0:
         windows = Windows(args, dataset, run.device)
-        run.describe(dataset.facts(), return_scale=windows.return_scale, target_return=target_return(args))
+        world_model_split(args, windows), idm_split(args, windows)  # what they refuse is told before anything is made
+        run.open(dataset, evaluator, return_scale=windows.return_scale, target_return=target_return(args))
         world_model = train_world_model(args, windows, run)
-        measure_world_model(args, world_model, windows, run)
         inverse_dynamics = train_inverse_dynamics(args, windows, run)
-        synthesizer = Synthesizer(args, dataset.robot, windows, world_model, inverse_dynamics)
-        synthetic = synthesize(args, synthesizer, run) if args.synthesis == "dataset" else None
-        export_transitions(run, synthetic, args.horizon + 1, dataset, evaluator, Stepper, "DAWM")
+        complete = partial(complete_rollouts, args, windows, world_model, inverse_dynamics)
+        if args.synthesis == "dataset":
+            rollouts = synthesize(args, windows, world_model, inverse_dynamics, run)
     else:
-        run.describe(dataset.facts())
+        run.open(dataset, evaluator)
         run.say("control", "--synthetic-fraction 0: no world model, no inverse dynamics, the agent on the real data")
-    returns = train_agent(args, dataset, synthetic, synthesizer, evaluator, run)
-    run.finish(score_report(dataset.robot, dataset.returns, returns, evaluator))
-    return returns[-1]
+    agent = train_agent(args, dataset, rollouts, complete, evaluator, run)
+    run.finish(score_report(dataset, run.history["eval/episodic_return"], evaluator))
+    return SimpleNamespace(
+        args=args, run=run, dataset=dataset, evaluator=evaluator, windows=windows, world_model=world_model,
+        inverse_dynamics=inverse_dynamics, rollouts=rollouts, complete=complete, agent=agent, actor=agent.actor,
+    )  # fmt: skip
+
+
+# Copied from dawm_td3bc.py
+def load_run(folder) -> SimpleNamespace:
+    """The parts of a finished run, from its folder alone: `main` once more, with every stage found and none made."""
+    run = Run.finished(folder, Args)
+    return main(run.args, run)
 
 
 if __name__ == "__main__":

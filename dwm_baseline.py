@@ -12,7 +12,13 @@
     python dwm_baseline.py --env-id local/hopper/medium-v0 --laptop --agent iql    # IQL with lambda-returns
     python dwm_baseline.py --env-id hopper-medium-v2                               # paper scale on D4RL, one GPU
 
-What separates it from DAWM: `git diff --no-index dawm_td3bc.py dwm_baseline.py`, or docs/diffs.md.
+[DWM], DWM-TD3BC and DWM-IQL                    here
+train p_theta on the data                       train_world_model
+sample real pairs (s_t, a_t)                    train_agent
+sample rewards and states, given g_eval         imagine, sample_rollouts, with mark_ends, which is not in the paper
+the value of the last state                     TD3BC.target_value, IQL.vf
+sum up the critics' target                      imagined_target: mve_target or lambda_return
+critic, value, actor and target updates         TD3BC.update, IQL.update
 
 Keys:
 [DWM]    Diffusion World Model, arXiv 2402.03570 (equations and appendix as reprinted in arXiv 2607.17560)
@@ -24,10 +30,11 @@ Keys:
 [IDDPM]  Improved Denoising Diffusion Probabilistic Models, arXiv 2102.09672 (cosine schedule, strided sampling)
 
 Tags: [KEY place] stands there; [unspecified] the paper is silent, our choice; [deviation] the paper says otherwise.
+docs/method.md has the equations, and the evidence for each choice.
 
-Symbols: DWM's T (tokens) is `model_horizon` + 1 here, its H `simulation_horizon`, its lambda `lambda_weight`; k in
-DAWM's Eq. 2 is `k` (diffusion step); g_eval `target_return`; omega `guidance_scale`; DWM's alpha (0.5)
-`sampling_temperature`, TD3+BC's `bc_alpha`; IQL's tau `expectile`, its beta `awr_beta`; `tau` is the Polyak rate only.
+Symbols: DWM's H is `horizon`, its T (tokens) `model_horizon` + 1 here, its lambda `lambda_weight`; k in DAWM's Eq. 2 is
+`k` (diffusion step); g_eval `target_return`; omega `guidance_scale`; DWM's alpha (0.5) `sampling_temperature`,
+TD3+BC's `bc_alpha`; IQL's tau `expectile`, its beta `awr_beta`; `tau` is the Polyak rate only.
 """
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -36,168 +43,91 @@ DAWM's Eq. 2 is `k` (diffusion step); g_eval `target_return`; omega `guidance_sc
 import copy
 import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from types import SimpleNamespace
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
-from common import UserError
+from common import UserError, fast
+from common.cli import Amount, Count, Rate, RunArgs, Seed, Share, run_script
 from common.data import OfflineDataset, load_dataset
-from common.evaluation import Evaluator, normalized_score, score_report
-from common.run import Run, check_range, run_script
-from common.stages import Kept, RowFile, resumable
+from common.evaluation import Evaluator, evaluate, score_report
+from common.run import Run
 
 
 @dataclass
-class Args:
-    # ---- Run
-    agent: Literal["td3bc", "iql"] = "td3bc"
-    """the learner: DWM-TD3BC or DWM-IQL"""
-    env_id: str = "hopper-medium-v2"
-    """data set: a D4RL name, local/ROBOT/QUALITY-v0 (made on this machine), or any Minari id"""
-    data_path: Path | None = None
-    """a file in D4RL's HDF5 layout to read instead of the published one"""
-    laptop: bool = False
-    """defaults for two CPU cores and ten minutes instead of the paper's; any flag given still wins"""
-    seed: int = 0
-    """seed of the agent; world model, inverse dynamics and synthesis have their own"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU if there is one"""
-    threads: int = 0
-    """CPU threads of torch; 0 leaves torch's own choice. CPU results depend on it in the last digits"""
-    tf32: bool = False
-    """on a GPU, products and convolutions of 10 mantissa bits instead of 23: faster; what it costs is not measured"""
-    run_dir: Path = Path("runs")
-    """each run makes a folder of its own in here"""
-    exp_name: str = Path(__file__).stem
-    """part of the folder's name"""
-    track: bool = False
-    """log to Weights & Biases too"""
-    wandb_project: str = "dawm"
-    """project for --track"""
-    log_every: int = 500
-    """gradient updates between two logged metrics"""
-    stage_dir: Path = Path("runs/stages")
-    """world models, inverse dynamics and synthetic sets are kept here, for every run that would make the same"""
-    fresh: bool = False
-    """make every stage anew, whatever is kept"""
-    checkpoint_every: float = 5.0
-    """minutes between two checkpoints of a stage, from which an interrupted run goes on; 0 makes none"""
+class Args(RunArgs):
+    agent: Literal["td3bc", "iql"] = "td3bc"  # the learner: DWM-TD3BC or DWM-IQL
 
     # ---- Data: windows and return-to-go
-    model_horizon: int = 7
-    """H of the world model's windows, of H+2 tokens [unspecified]; rollouts may take fewer of their steps [DWM]"""
-    gamma: float = 0.99
-    """discount of return-to-go and agent [DAWM Tab. 7]"""
-    return_to_go: Literal["episode", "window"] = "episode"
-    """sum rewards to the episode's end, or over the window's H+1 as printed; [deviation] see RETURN-TO-GO below"""
-    window_padding: Literal["absorbing", "none"] = "absorbing"
-    """go on after a fall with its last state and a reward that tells, or use only windows that fit [unspecified]"""
-    normalizer: Literal["limits", "gaussian", "cdf"] = "limits"
-    """units of the diffusion; [deviation] DWM takes the empirical CDF (cdf), whose first step errs more (README)"""
+    horizon: Count = 7  # H: imagined rewards in a target, then the value of state H [DWM App.]
+    model_horizon: Count = 7  # H of the world model's windows [unspecified]; rollouts may take fewer steps [DWM]
+    gamma: Share = 0.99  # discount of return-to-go and agent [DAWM Tab. 7]
+    return_to_go: Literal["episode", "window"] = "episode"  # sum to its end, [deviation] below; window as printed
+    normalizer: Literal["limits", "gaussian"] = "limits"  # range or standard deviations; [deviation] DWM: CDF
 
     # ---- World model
-    world_model_seed: int = 100
-    """seed of the diffusion training [DAWM Tab. 7]"""
-    world_model_steps: int = 2_000_000
-    """gradient updates [DAWM App.]"""
-    world_model_batch_size: int = 64
-    """windows per update [DAWM Tab. 7]"""
-    world_model_lr: float = 1e-4
-    """Adam's rate [DAWM Tab. 7]"""
-    world_model_holdout: float = 0.05
-    """share of episodes kept from the training, to measure the error of rollouts [unspecified]"""
-    unet_width: int = 128
-    """channels of the U-Net's first level; [unspecified] in DAWM and DWM, DD's code"""
-    unet_multipliers: tuple[int, ...] = (1, 4, 8)
-    """channels of each level in units of the width; [unspecified], DD's code"""
-    diffusion_steps: int = 5
-    """K [DAWM Tab. 7]"""
-    prediction: Literal["noise", "x0"] = "noise"
-    """what the U-Net predicts: noise [DAWM Eq. 2], or the clean window, which is not in the paper"""
-    cond_drop_prob: float = 0.25
-    """share of samples trained without return-to-go [DAWM App.]"""
-    ema_decay: float = 0.995
-    """of the averaged weights ("Adam decay") [DAWM Tab. 7]"""
-    ema_every: int = 10
-    """updates between two averagings [DWM App.]"""
-    ema_start: int = 2_000
-    """updates before which the average is a plain copy; [unspecified], DD's code"""
-    compile: bool = False
-    """torch.compile for the U-Net: minutes to start, then faster (docs/speed.md); needs a C++ compiler"""
+    world_model_seed: Seed = 100  # seed of the diffusion training [DAWM Tab. 7]
+    world_model_steps: Count = 2_000_000  # gradient updates [DAWM App.]
+    world_model_batch_size: Count = 64  # windows per update [DAWM Tab. 7]
+    world_model_lr: Rate = 1e-4  # Adam's rate [DAWM Tab. 7]
+    world_model_holdout: Annotated[float, (0, 0.9)] = 0.05  # share of episodes for the held-out loss [unspecified]
+    unet_width: Annotated[int, (8, math.inf)] = 128  # channels of the U-Net's first level [unspecified], DD's code
+    unet_multipliers: Annotated[tuple[int, ...], (1, math.inf)] = (1, 4, 8)  # of each level [unspecified], DD's
+    diffusion_steps: Count = 5  # K [DAWM Tab. 7]
+    prediction: Literal["noise", "x0"] = "noise"  # predict noise [DAWM Eq. 2], or the clean window: not in the paper
+    cond_drop_prob: Share = 0.25  # share of samples trained without return-to-go [DAWM App.]
+    ema_decay: Share = 0.995  # of the averaged weights ("Adam decay") [DAWM Tab. 7]
+    ema_every: Count = 10  # updates between two averagings [DWM App.]
+    ema_start: Annotated[int, (0, math.inf)] = 2_000  # updates with a plain copy instead [unspecified], DD's code
 
     # ---- Synthesis
-    rollouts: Literal["online", "stored"] = "online"
-    """imagine afresh for every batch [DWM], or once for every real pair and reuse that: faster [deviation]"""
-    simulation_horizon: int = 7
-    """H: imagined rewards in a target, at most --model-horizon [DWM App.]"""
-    synthesis_seed: int = 100
-    """seed of the sampling noise of stored rollouts [unspecified]"""
-    synthesis_batch_size: int = 4096
-    """rollouts generated together for storing [unspecified]"""
-    sampling_steps: int = 3
-    """N denoising steps out of K [DAWM App.]"""
-    sampling_temperature: float = 0.5
-    """multiplies the standard deviation of each denoising step [DAWM Tab. 7, DWM]"""
-    guidance_scale: float = 1.2
-    """weight of the return condition, 1 is no guidance; [unspecified] in DAWM and DWM, DD's code"""
-    target_return: float | Literal["own"] | None = None
-    """return-to-go asked for, in return scales; default from TASKS [unspecified]; own: each pair's real one"""
-    termination: Literal["none", "rule"] = "none"
-    """go on through falls as published, or end the sum at a fall or the model's own sign of an end [deviation]"""
+    rollouts: Literal["online", "stored"] = "online"  # imagined for each batch [DWM], or once for all: [deviation]
+    synthesis_seed: Seed = 100  # seed of the sampling noise of stored rollouts [unspecified]
+    synthesis_batch_size: Count = 4096  # rollouts generated together for storing [unspecified]
+    sampling_steps: Count = 3  # N denoising steps out of K [DAWM App.]
+    sampling_temperature: Amount = 0.5  # multiplies the standard deviation of each denoising step [DAWM Tab. 7, DWM]
+    guidance_scale: Amount = 1.2  # weight of the return condition, 1: no guidance; [unspecified], DD's code
+    # return-to-go asked for, in return scales; default from TASKS [unspecified]; own: each pair's real one
+    target_return: Annotated[float, (-100, 100)] | Literal["own"] | None = None
+    termination: Literal["none", "rule"] = "none"  # go on through falls [DWM], or end there (mark_ends) [deviation]
 
     # ---- Agent
-    agent_updates: int = 500_000
-    """critic updates [DWM App.]"""
-    agent_batch_size: int = 128
-    """real pairs per update [DWM App.]"""
-    agent_lr: float = 3e-4
-    """Adam's rate of all networks [DWM App.]; IQL's policy: falls to 0 by a cosine [deviation], IQL's code"""
-    tau: float = 0.005
-    """Polyak rate of the target networks [DWM App.]"""
-    policy_delay: int | None = None
-    """critic updates per update of actor and targets [DWM App.]; default 2 for td3bc, 1 for iql"""
-    lambda_return: bool | None = None
-    """mix all horizons up to H instead of H alone; default off for td3bc, on for iql [DWM App.]"""
-    lambda_weight: float = 0.95
-    """weight of the longer horizon in that mix [DWM App.]"""
-    lambda_base: Literal["corrected", "printed"] = "corrected"
-    """where that recursion starts; as printed one reward too many is added [deviation]"""
-    policy_noise: float = 0.2
-    """td3bc: standard deviation of the target action's noise, in units of the action range's half [DWM App.]"""
-    noise_clip: float = 0.5
-    """td3bc: bound of that noise [DWM App.]"""
-    bc_alpha: float = 2.5
-    """td3bc: weight of Q against behaviour cloning [DWM App.]"""
-    expectile: float = 0.7
-    """iql: of the value loss [DWM App.]"""
-    awr_beta: float = 3.0
-    """iql: inverse temperature of the policy's weights [DWM App.]"""
-    max_weight: float = 100.0
-    """iql: cap of the policy's weights [DWM App.]"""
-    policy: Literal["gaussian", "deterministic"] = "gaussian"
-    """iql: free standard deviation and no bounds, or tanh and squared error; DWM's is a bounded Gaussian [deviation]"""
-    reward_scaling: bool = True
-    """iql: rewards times 1000 / (best - worst episode return of the real data); [unspecified], IQL's code"""
-    normalize_obs: bool = False
-    """iql: standardise observations, as [DWM App.]; off as in IQL's code, and in dawm_iql.py [deviation]"""
+    agent_updates: Count = 500_000  # critic updates [DWM App.]
+    agent_batch_size: Count = 128  # real pairs per update [DWM App.]
+    agent_lr: Rate = 3e-4  # Adam's rate [DWM App.]; of IQL's policy falling to 0 by a cosine [deviation], IQL's code
+    tau: Share = 0.005  # Polyak rate of the target networks [DWM App.]
+    policy_delay: Count | None = None  # critic updates per update of actor and targets; default from AGENTS
+    lambda_return: bool | None = None  # mix all horizons up to H instead of H alone; default from AGENTS
+    lambda_weight: Share = 0.95  # weight of the longer horizon in that mix [DWM App.]
+    lambda_base: Literal["corrected", "printed"] = "corrected"  # its start, [deviation]; printed: a reward too many
 
-    # ---- Evaluation
-    eval_every: int = 5_000
-    """critic updates between two evaluations [TD3BC]"""
-    eval_episodes: int = 10
-    """episodes per evaluation [DWM]"""
-    physics: Literal["auto", "d4rl", "stock"] = "auto"
-    """capsule masses of the simulator: D4RL's or today's; auto takes what the data set was recorded with"""
+    # ---- Agent: TD3+BC
+    policy_noise: Amount = 0.2  # std of the target action's noise, actions in [-1, 1] [DWM App.]
+    noise_clip: Amount = 0.5  # bound of that noise [DWM App.]
+    bc_alpha: Amount = 2.5  # weight of Q against behaviour cloning [DWM App.]
+
+    # ---- Agent: IQL
+    expectile: Annotated[float, (0.001, 0.999)] = 0.7  # of the value loss [DWM App.]
+    awr_beta: Amount = 3.0  # inverse temperature of the policy's weights [DWM App.]
+    max_weight: Annotated[float, (1e-8, 1e8)] = 100.0  # cap of the policy's weights [DWM App.]
+    policy: Literal["gaussian", "deterministic"] = "gaussian"  # free deviation, or tanh; [deviation] in class IQL
+    reward_scaling: bool = True  # times 1000 / (best - worst real return); [unspecified], IQL's code
+    normalize_obs: bool = False  # standardise observations [DWM App.]; off as in IQL's code [deviation]
 
 
-# --laptop: the same method with a smaller U-Net and fewer updates, [deviation] throughout; not the paper's scale. The
-# world model is that of dawm_td3bc.py --laptop.
+# Where no flag says otherwise [DWM App.].
+AGENTS = {"td3bc": dict(policy_delay=2, lambda_return=False), "iql": dict(policy_delay=1, lambda_return=True)}
+
+# --laptop: the same method with a smaller U-Net and fewer updates, [deviation] throughout; not the paper's scale. What
+# dawm_td3bc.py and dawm_iql.py have too is as theirs (reasons there), not DWM's 128 pairs, horizon 7 and rollouts that
+# go on through falls: what a rollout is used for shall alone tell the methods apart. DWM keeps its targets at real
+# pairs and IQL's lambda-returns, for they are the method; its rollouts are stored, as DAWM's are.
 LAPTOP = dict(
+    horizon=1,
     threads=1,  # a second one gains 15% at these sizes, and loses tenfold when another process wants the core
     prediction="x0",
     normalizer="gaussian",
@@ -207,10 +137,12 @@ LAPTOP = dict(
     unet_width=32,
     unet_multipliers=(1, 2),
     rollouts="stored",
-    normalize_obs=True,  # for IQL [DWM App.]; without it so few updates leave a poor clone (README)
     synthesis_batch_size=1024,
+    termination="rule",
     agent_updates=25_000,
-    bc_alpha=1.0,  # Q has grown to half of its height by then, and lambda divides by it (README)
+    agent_batch_size=256,
+    bc_alpha=1.0,  # td3bc: Q has grown to half of its height by then, and lambda divides by it
+    normalize_obs=True,  # iql [DWM App.]; without it so few updates leave a poor clone
     eval_every=2_500,
 )
 
@@ -229,30 +161,15 @@ TASKS = {
 }
 
 
-# Adapted from dawm_td3bc.py: its own rollouts and two agents
+# Adapted from dawm_td3bc.py: its own rollouts
 def check_args(args: Args) -> None:
-    """UserError for values with which no run makes sense, before anything is loaded."""
-    counts = "model_horizon simulation_horizon diffusion_steps sampling_steps world_model_steps world_model_batch_size "
-    counts += "synthesis_batch_size agent_updates agent_batch_size policy_delay eval_every eval_episodes log_every "
-    check_range(args, 1, math.inf, counts + "ema_every")
-    check_range(args, 0, 1, "cond_drop_prob ema_decay gamma tau lambda_weight")
-    check_range(args, 0.001, 0.999, "expectile")
-    check_range(args, 0, 0.9, "world_model_holdout")
-    check_range(args, 0, 2**31, "threads seed world_model_seed synthesis_seed")
-    check_range(args, 0, 100, "sampling_temperature guidance_scale policy_noise noise_clip bc_alpha awr_beta")
-    check_range(args, 1, 1e6, "max_weight")
-    check_range(args, 0, math.inf, "checkpoint_every")
-    check_range(args, 1e-8, 1, "world_model_lr agent_lr")
-    check_range(args, -100, 100, "target_return")
-    if args.simulation_horizon > args.model_horizon:
-        raise UserError(
-            f"--simulation-horizon {args.simulation_horizon} is above --model-horizon {args.model_horizon}; "
-            "lower it or raise that"
-        )
+    """UserError for values with which no run makes sense together, before anything is loaded."""
+    if args.horizon > args.model_horizon:
+        raise UserError(f"--horizon {args.horizon} is above --model-horizon {args.model_horizon}; raise that too")
     if args.sampling_steps > args.diffusion_steps:
         raise UserError(f"--sampling-steps {args.sampling_steps} is above --diffusion-steps {args.diffusion_steps}")
-    if args.unet_width % 8 or args.unet_width < 8 or min(args.unet_multipliers, default=0) < 1:
-        raise UserError(f"--unet-width {args.unet_width} must be 8, 16, ... and --unet-multipliers positive")
+    if args.unet_width % 8 or not args.unet_multipliers:
+        raise UserError(f"--unet-width {args.unet_width} must be 8, 16, ..., with one of --unet-multipliers or more")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,14 +192,15 @@ def discounted_return_to_go(reward: np.ndarray, lengths: np.ndarray, gamma: floa
 
 
 # Copied from dawm_td3bc.py
-def return_scale(args: Args, largest_return_to_go: float) -> float:
-    """The divisor of this data set's return-to-go."""
-    if not largest_return_to_go > 0:
-        raise UserError(
-            f"the largest return-to-go of {args.env_id} is {largest_return_to_go:.3g}, no scale for it; "
-            "shift its rewards above 0"
-        )
-    return float(TASKS[args.env_id][0] if args.env_id in TASKS else largest_return_to_go / 0.6)
+def return_units(args: Args, return_to_go: np.ndarray) -> tuple[float, float]:
+    """Offset and scale that make labels of this data set's return-to-go [N]: (return_to_go - offset) / scale.
+
+    Not one of TASKS: [unspecified] the largest label is 0.6 and, where there are negative returns, the smallest 0.
+    """
+    if args.env_id in TASKS:
+        return 0.0, float(TASKS[args.env_id][0])
+    offset = min(0.0, float(return_to_go.min()))
+    return offset, (float(return_to_go.max()) - offset) / 0.6 or 1.0  # where no reward was ever given, 1
 
 
 # Copied from dawm_td3bc.py
@@ -296,57 +214,70 @@ class Windows:
     """All windows of H+2 states and H+1 rewards, one for each real pair (state, action); gathered when asked for.
 
     H is model_horizon. Token i of a window holds the state at step i and the reward at step i; the last token's reward
-    slot is 0. No window crosses an episode's end. A fallen episode goes on with its last state (the simulator would
-    stop there): else no window would start within H steps of a fall, and the model could not learn what happens next.
-    Its reward lies below all real ones by a quarter of their range, so that generated ends can be told (`is_over`).
-    UserError if no episode is long enough.
+    slot is 0. No window crosses an episode's end. UserError if no episode is long enough.
     """
 
     def __init__(self, args: Args, dataset: OfflineDataset, device: torch.device):
-        episode = np.repeat(np.arange(len(dataset.lengths)), dataset.lengths)  # of each row
-        last = np.cumsum(dataset.lengths) - 1  # last row of each episode
-        # One token per state: an episode of T transitions has T+1 of them, so its rows shift by its number.
-        obs = np.insert(dataset.obs, last + 1, dataset.next_obs[last], axis=0)
-        start, final = np.arange(len(episode)) + episode, (last + 1 + np.arange(len(last)))[episode]
-        fits = start + args.model_horizon + 1 <= final
+        self.number_states(dataset)
+        self.go_on_after_falls(args, dataset)
+        self.label_returns(args, dataset)
+        self.action = dataset.action
+        for name, value in vars(self).items():
+            if isinstance(value, np.ndarray):
+                setattr(self, name, torch.as_tensor(value, device=device))
+        self.offsets = torch.arange(args.model_horizon + 2, device=device)
+        self.healthy = None  # the simulator's rule for falls, where it is known
+        if dataset.healthy_low is not None:
+            self.healthy = tuple(torch.as_tensor(x, device=device) for x in (dataset.healthy_low, dataset.healthy_high))
+
+    def number_states(self, dataset: OfflineDataset) -> None:
+        """obs [N + E, obs_dim]: an episode of T transitions has T+1 states, so its rows shift by its number. `start`
+        and `final` [N] are the rows of a pair's own state and of its episode's last one."""
+        self.episode = np.repeat(np.arange(len(dataset.lengths)), dataset.lengths)  # of each pair
+        self.last = np.cumsum(dataset.lengths) - 1  # last pair of each episode
+        self.obs = np.insert(dataset.obs, self.last + 1, dataset.next_obs[self.last], axis=0)
+        self.start = np.arange(len(self.episode)) + self.episode
+        self.final = (self.last + 1 + np.arange(len(self.last)))[self.episode]
+
+    def go_on_after_falls(self, args: Args, dataset: OfflineDataset) -> None:
+        """Which windows are `usable`: those that fit, and those that meet a fall, which go on with its last state.
+
+        The simulator would stop there; else no window would start within H steps of a fall, and the model could not
+        learn what happens next. The reward after a fall lies below all real ones by a quarter of their range, so that
+        generated ends can be told (`is_over`) [unspecified].
+        """
+        fits = self.start + args.model_horizon + 1 <= self.final
         if not fits.any():
             raise UserError(
                 f"--model-horizon {args.model_horizon} needs {args.model_horizon + 1} transitions in a row, but the "
                 f"longest episode has {dataset.lengths.max()}; lower it and the rollouts' horizon"
             )
-        if len(last) < 2:
-            raise UserError(f"{args.env_id} has one episode; held-out measurements need two or more")
-        usable = fits | dataset.terminated[last][episode] if args.window_padding == "absorbing" else fits
+        self.usable = fits | dataset.terminated[self.last][self.episode]
         low, high = float(dataset.reward.min()), float(dataset.reward.max())
         self.end_reward, self.end_margin = low, -math.inf
-        if (usable & ~fits).any():  # else no window shows an end, and nothing that is generated may count as one
+        if (self.usable & ~fits).any():  # else no window shows an end, and nothing that is generated may count as one
             self.end_reward, self.end_margin = low - (high - low) / 4, low - (high - low) / 8
-        reward = np.insert(dataset.reward, last + 1, self.end_reward)
-        return_to_go = discounted_return_to_go(dataset.reward, dataset.lengths, args.gamma)
-        if args.return_to_go == "window":
-            beyond = np.append(return_to_go, 0)[
-                np.minimum(np.arange(len(episode)) + args.model_horizon + 1, len(episode))
-            ]
-            inside = np.arange(len(episode)) + args.model_horizon + 1 <= last[episode]
-            return_to_go = return_to_go - args.gamma ** (args.model_horizon + 1) * beyond * inside
-        self.return_scale = return_scale(args, return_to_go.max())
+        self.reward = np.insert(dataset.reward, self.last + 1, self.end_reward)
 
-        def tensor(array):
-            return torch.as_tensor(array, device=device)
+    def label_returns(self, args: Args, dataset: OfflineDataset) -> None:
+        """return_to_go [N] from a window's first step on, in units of the return scale."""
+        label = discounted_return_to_go(dataset.reward, dataset.lengths, args.gamma)
+        if args.return_to_go == "window":  # less what is earned behind the window
+            behind = np.arange(len(label)) + args.model_horizon + 1
+            inside = behind <= self.last[self.episode]
+            label = label - args.gamma ** (args.model_horizon + 1) * np.where(
+                inside, np.append(label, 0)[behind * inside], 0
+            )
+        self.return_offset, self.return_scale = return_units(args, label)
+        self.return_to_go = ((label - self.return_offset) / self.return_scale).astype(np.float32)
 
-        self.obs, self.reward = tensor(obs), tensor(reward)
-        self.start, self.final = tensor(start), tensor(final)
-        self.action = tensor(dataset.action)
-        self.return_to_go = tensor((return_to_go / self.return_scale).astype(np.float32))
-        self.usable, self.fits, self.episode = tensor(usable), tensor(fits), tensor(episode)
-        self.offsets = torch.arange(args.model_horizon + 2, device=device)
-
-    def held_out(self, share: float, seed: int) -> torch.Tensor:
-        """Mask [N] of the windows in a random share of the episodes."""
-        episodes = int(self.episode[-1]) + 1
+    def split(self, pairs: torch.Tensor, share: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Indices of the pairs marked in `pairs` [N]: to train on, and those in a random share of the episodes."""
+        episodes = len(self.last)
         order = torch.randperm(episodes, generator=torch.Generator().manual_seed(seed))
         count = min(math.ceil(share * episodes), episodes - 1)  # something must be left to train on
-        return torch.isin(self.episode, order[:count].to(self.episode.device))
+        held_out = torch.isin(self.episode, order[:count].to(pairs.device))
+        return (pairs & ~held_out).nonzero()[:, 0], (pairs & held_out).nonzero()[:, 0]
 
     def is_over(self, reward: torch.Tensor) -> torch.Tensor:
         """Whether generated rewards say that the episode had ended before their step -> bool."""
@@ -359,41 +290,33 @@ class Windows:
 
 # Copied from dawm_td3bc.py
 class Normalizer(nn.Module):
-    """Each dimension of values [N, dim] to the diffusion's units and back, by linear interpolation between quantiles.
+    """Each dimension of values [N, dim] to the diffusion's units and back, clipped to the data's range.
 
-    limits: minimum and maximum to -1 and 1. gaussian: mean 0, standard deviation 1. cdf: rank to -1..1, by 10,000 steps
-    [DWM App.]. `low` and `high` [dim] are the data's range in these units.
+    limits: minimum and maximum to -1 and 1. gaussian: mean 0, standard deviation 1. `low` and `high` [dim] are the
+    data's range in these units; a dimension that never changes is 0.
     """
 
     def __init__(self, values: torch.Tensor, kind: str):
         super().__init__()
-        ordered = values.T.sort(dim=1).values  # [dim, N]
-        rank = torch.linspace(0, 1, 10_000 if kind == "cdf" else 2, dtype=torch.float64, device=values.device)
-        self.register_buffer("quantiles", ordered[:, (rank * (len(values) - 1)).round().long()].contiguous())
-        low, high = -torch.ones_like(values[0]), torch.ones_like(values[0])
-        if kind == "gaussian":
-            low, high = ((ordered[:, end] - values.mean(0)) / (values.std(0) + 1e-6) for end in (0, -1))
-        self.register_buffer("low", low)
-        self.register_buffer("high", high)
+        low, high = values.amin(0), values.amax(0)
+        if kind == "limits":
+            shift, scale = (high + low) / 2, (high - low) / 2
+        else:
+            shift, scale = values.mean(0), values.std(0) + 1e-6
+        changes = high > low
+        scale = torch.where(changes, scale, torch.ones_like(scale))
+        self.register_buffer("shift", torch.where(changes, shift, low))
+        self.register_buffer("scale", scale)
+        self.register_buffer("low", (low - self.shift) / scale)
+        self.register_buffer("high", (high - self.shift) / scale)
 
     def normalize(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., dim] in dataset units, clipped to the data's range."""
-        flat = x.reshape(-1, x.shape[-1]).T.contiguous()  # [dim, B]
-        last = self.quantiles.shape[1] - 1
-        right = torch.searchsorted(self.quantiles, flat, right=True).clamp(1, last)
-        below, above = self.quantiles.gather(1, right - 1), self.quantiles.gather(1, right)
-        # above equals below only beyond the last of several equal largest values
-        fraction = torch.where(above > below, (flat - below) / (above - below), 1.0).clamp(0, 1)
-        return torch.lerp(self.low, self.high, ((right - 1 + fraction) / last).T).reshape(x.shape)
+        """x [..., dim] in dataset units."""
+        return ((x - self.shift) / self.scale).clamp(self.low, self.high)
 
     def denormalize(self, y: torch.Tensor) -> torch.Tensor:
-        """y [..., dim], clipped to the data's range, to dataset units."""
-        last = self.quantiles.shape[1] - 1
-        share = (y.reshape(-1, y.shape[-1]) - self.low) / (self.high - self.low).clamp(min=1e-12)
-        position = (share.clamp(0, 1) * last).T.contiguous()
-        left = position.long().clamp(max=last - 1)
-        below, above = self.quantiles.gather(1, left), self.quantiles.gather(1, left + 1)
-        return torch.lerp(below, above, position - left).T.reshape(y.shape)
+        """y [..., dim] to dataset units."""
+        return y.clamp(self.low, self.high) * self.scale + self.shift
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -437,101 +360,20 @@ def posterior_coefficients(alpha_bar: torch.Tensor, steps: list[int]) -> list[tu
 
 
 # Copied from dawm_td3bc.py
-class TapProducts(torch.autograd.Function):
-    """Convolution of x [L * B, in], time first, by weight [5, in, out]; `reach`: rows each tap reads and adds to."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, reach):
-        ctx.save_for_backward(x, weight)
-        ctx.reach, out = reach, x.new_empty(len(x), len(bias)).copy_(bias)
-        for tap, (read, add) in zip(weight, reach, strict=True):
-            out[add].addmm_(x[read], tap)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        grad_x, grad_weight = torch.zeros_like(x), torch.empty_like(weight)
-        for tap, grad_tap, (read, add) in zip(weight, grad_weight, ctx.reach, strict=True):
-            grad_x[read].addmm_(grad[add], tap.T)
-            torch.mm(x[read].T, grad[add], out=grad_tap)  # zeros where a tap reads nothing
-        return grad_x, grad_weight, grad.sum(0), None
-
-
-# Copied from dawm_td3bc.py
-class TemporalConv(nn.Module):
-    """nn.Conv1d of 5 taps with zeros beyond both ends, for x [L, B, in_channels] -> [L, B, out_channels].
-
-    Windows are so short that a third to a half of what nn.Conv1d multiplies is padding. A product for each tap leaves
-    that out, and with time first what a tap reads lies in one piece: faster on a CPU (docs/speed.md).
-    """
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__()
-        like = nn.Conv1d(in_channels, out_channels, 5)
-        self.weight, self.bias = nn.Parameter(like.weight.detach().permute(2, 1, 0).contiguous()), like.bias
-
-    def forward(self, x):
-        if x.is_cuda:  # one kernel instead of five; not measured
-            return F.conv1d(x.permute(1, 2, 0), self.weight.permute(2, 1, 0), self.bias, padding=2).permute(2, 0, 1)
-        length, batch, _ = x.shape
-        skipped = ((0, 2), (0, 1), (0, 0), (1, 0), (2, 0))  # tokens that a tap does not read: first ones, last ones
-        ends = [max(0, length - tokens) * batch for tokens in range(3)]
-        reach = [(slice(a * batch, ends[b]), slice(b * batch, ends[a])) for a, b in skipped]
-        out = TapProducts.apply(x.flatten(0, 1).contiguous(), self.weight, self.bias, reach)
-        return out.view(length, batch, -1)
-
-
-# Copied from dawm_td3bc.py
-class TemporalNorm(nn.GroupNorm):
-    """nn.GroupNorm of x [L, B, channels]; from 64 channels on, a batch norm over a view is the same and faster."""
-
-    def forward(self, x):
-        if x.is_cuda or x.shape[2] < 64:
-            return F.group_norm(x.permute(1, 2, 0), self.num_groups, self.weight, self.bias, self.eps).permute(2, 0, 1)
-        groups = x.reshape(len(x), -1, x.shape[2] // self.num_groups)
-        groups = F.batch_norm(groups, None, None, training=True, eps=self.eps)
-        return torch.addcmul(self.bias, groups.view(x.shape), self.weight)
-
-
-# Copied from dawm_td3bc.py
-class MishFunction(torch.autograd.Function):
-    """x tanh(ln(1 + e^x)) = x - 2 x / m with m = (1 + e^x)^2 + 1, mostly in place: three quarters of F.mish's time."""
-
-    @staticmethod
-    def forward(ctx, x):
-        m = x.clamp(max=20).exp_().add_(1).square_().add_(1)  # beyond 20 the result is x
-        ctx.save_for_backward(x, m)
-        return torch.addcdiv(x, x, m, value=-2)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, m = ctx.saved_tensors
-        root = (m - 1).sqrt_()  # 1 + e^x
-        return (root * (root - 1)).mul_(x).mul_(4).div_(m).sub_(2).div_(m).add_(1).mul_(grad)
-
-
-# Copied from dawm_td3bc.py
-def mish(x: torch.Tensor) -> torch.Tensor:
-    return F.mish(x) if x.is_cuda else MishFunction.apply(x)
-
-
-# Copied from dawm_td3bc.py
 class ResidualBlock(nn.Module):
     """Two convolutions over time with group norm and Mish; the condition is added between them [DD code]."""
 
     def __init__(self, in_channels: int, out_channels: int, embed_dim: int):
         super().__init__()
-        self.conv1, self.norm1 = TemporalConv(in_channels, out_channels), TemporalNorm(8, out_channels)
+        self.conv1, self.norm1 = nn.Conv1d(in_channels, out_channels, 5, padding=2), nn.GroupNorm(8, out_channels)
         self.condition = nn.Linear(embed_dim, out_channels)
-        self.conv2, self.norm2 = TemporalConv(out_channels, out_channels), TemporalNorm(8, out_channels)
-        self.skip = nn.Linear(in_channels, out_channels) if in_channels != out_channels else nn.Identity()
+        self.conv2, self.norm2 = nn.Conv1d(out_channels, out_channels, 5, padding=2), nn.GroupNorm(8, out_channels)
+        self.skip = nn.Conv1d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.mish = nn.Mish()
 
-    def forward(self, x, embedding):
-        h = mish(self.norm1(self.conv1(x))) + self.condition(embedding)
-        return mish(self.norm2(self.conv2(h))) + self.skip(x)
+    def forward(self, x, embedding):  # [B, in, L], [B, embed_dim] -> [B, out, L]
+        h = self.mish(self.norm1(self.conv1(x))) + self.condition(embedding)[..., None]
+        return self.mish(self.norm2(self.conv2(h))) + self.skip(x)
 
 
 # Copied from dawm_td3bc.py
@@ -552,94 +394,73 @@ class TemporalUNet(nn.Module):
 
         self.embed_k = nn.Sequential(nn.Linear(width, 4 * width), nn.Mish(), nn.Linear(4 * width, width))
         self.embed_action, self.embed_return = mlp3(action_dim), mlp3(1)
-        half = width // 2
+        half, embed_dim = width // 2, 3 * width
         self.register_buffer("frequencies", torch.exp(torch.arange(half) * -math.log(10_000) / (half - 1)))
-        embed_dim = 3 * width
+        self.mish = nn.Mish()
         sizes = [channels, *(width * m for m in multipliers)]
         levels = list(zip(sizes[:-1], sizes[1:], strict=True))
-        self.down = nn.ModuleList(
-            nn.ModuleList(
-                [
-                    ResidualBlock(i, o, embed_dim),
-                    ResidualBlock(o, o, embed_dim),
-                    nn.Conv1d(o, o, 3, stride=2, padding=1) if o_is_not_last else nn.Identity(),
-                ]
-            )
-            for (i, o), o_is_not_last in zip(levels, [True] * (len(levels) - 1) + [False], strict=True)
-        )
+        self.down = nn.ModuleList()
+        for level, (i, o) in enumerate(levels):
+            blocks = [ResidualBlock(i, o, embed_dim), ResidualBlock(o, o, embed_dim)]
+            shorten = nn.Conv1d(o, o, 3, stride=2, padding=1) if level < len(levels) - 1 else nn.Identity()
+            self.down.append(nn.ModuleList([*blocks, shorten]))
         self.middle = nn.ModuleList([ResidualBlock(sizes[-1], sizes[-1], embed_dim) for _ in range(2)])
-        self.up = nn.ModuleList(
-            nn.ModuleList(
-                [
-                    ResidualBlock(2 * o, i, embed_dim),
-                    ResidualBlock(i, i, embed_dim),
-                    nn.ConvTranspose1d(i, i, 4, stride=2, padding=1),
-                ]
-            )
-            for i, o in reversed(levels[1:])
-        )
-        self.head_conv, self.head_norm = TemporalConv(width * multipliers[0], width), TemporalNorm(8, width)
-        self.head = nn.Linear(width, channels)
+        self.up = nn.ModuleList()
+        for i, o in reversed(levels[1:]):
+            blocks = [ResidualBlock(2 * o, i, embed_dim), ResidualBlock(i, i, embed_dim)]
+            self.up.append(nn.ModuleList([*blocks, nn.ConvTranspose1d(i, i, 4, stride=2, padding=1)]))
+        self.head_conv, self.head_norm = nn.Conv1d(sizes[1], width, 5, padding=2), nn.GroupNorm(8, width)
+        self.head = nn.Conv1d(width, channels, 1)
 
     def forward(self, x, k, action, return_to_go, keep):
         angle = k[:, None] * self.frequencies
         embedding = [self.embed_k(torch.cat([angle.sin(), angle.cos()], 1)), self.embed_return(return_to_go) * keep]
-        embedding = mish(torch.cat([*embedding, self.embed_action(action)], dim=1))
-        x, skips = x.transpose(0, 1), []  # time first: [L, B, channels]
+        embedding = self.mish(torch.cat([*embedding, self.embed_action(action)], dim=1))  # [B, 3 * width]
+        x, skips = x.transpose(1, 2), []  # [B, channels, L]
         for block1, block2, shorten in self.down:
             x = block2(block1(x, embedding), embedding)
             skips.append(x)
-            x = shorten(x.permute(1, 2, 0)).permute(2, 0, 1)
+            x = shorten(x)  # [B, width * multiplier, L / 2], rounded up; the last level stays
         for block in self.middle:
             x = block(x, embedding)
         for block1, block2, lengthen in self.up:
-            x = torch.cat([x, skips.pop()], dim=2)
-            x = lengthen(block2(block1(x, embedding), embedding).permute(1, 2, 0)).permute(2, 0, 1)
-            x = x[: len(skips[-1])]  # 9 tokens become 5, then 10: the last is cropped [unspecified]
-        return self.head(mish(self.head_norm(self.head_conv(x)))).transpose(0, 1)
+            x = torch.cat([x, skips.pop()], dim=1)
+            x = lengthen(block2(block1(x, embedding), embedding))
+            x = x[..., : skips[-1].shape[2]]  # 9 tokens become 5, then 10: the last is cropped [unspecified]
+        return self.head(self.mish(self.head_norm(self.head_conv(x)))).transpose(1, 2)
 
 
 # Copied from dawm_td3bc.py
 class WorldModel(nn.Module):
     """p(next states, rewards | state, action, return-to-go) [DAWM Eq. 1]: a denoiser and the units it works in.
 
-    The window x [B, H+2, obs_dim + 1] is normalised. Two places in it are known, not generated: the first
-    state, overwritten before every network call [DD Alg. 1], and the last reward slot, which no data defines, kept 0.
+    The window x [B, H+2, obs_dim + 1] is normalised. Two places in it are known, not generated (`generated` is 0
+    there): the first state, put back before every network call [DD Alg. 1], and the last reward slot, which no data
+    defines, kept 0. `denoiser` has the averaged weights [DWM App.]; training moves a copy of it.
     """
 
     def __init__(self, args: Args, windows: Windows):
         super().__init__()
-        self.obs_dim, action_dim = windows.obs.shape[1], windows.action.shape[1]
-        self.args = args
-        self.obs_units = Normalizer(windows.obs, args.normalizer)
-        self.reward_units = Normalizer(
-            windows.reward[:, None], "gaussian" if args.normalizer == "gaussian" else "limits"
-        )
-        self.register_buffer("low", torch.cat([self.obs_units.low, self.reward_units.low]))
-        self.register_buffer("high", torch.cat([self.obs_units.high, self.reward_units.high]))
-        alpha_bar = cosine_alpha_bar(args.diffusion_steps)
-        self.register_buffer("alpha_bar", alpha_bar.float())
-        self.denoiser = TemporalUNet(self.obs_dim + 1, action_dim, args.unet_width, args.unet_multipliers)
-        if args.compile:  # on a GPU as CUDA graphs
-            self.denoiser.compile(mode="default" if windows.obs.device.type == "cpu" else "reduce-overhead")
-
-    def normalize(self, obs: torch.Tensor, reward: torch.Tensor) -> torch.Tensor:
-        """obs [..., obs_dim], reward [...] in dataset units -> tokens [..., obs_dim + 1]."""
-        return torch.cat([self.obs_units.normalize(obs), self.reward_units.normalize(reward[..., None])], dim=-1)
+        self.args, self.obs_dim, action_dim = args, windows.obs.shape[1], windows.action.shape[1]
+        self.units = Normalizer(torch.cat([windows.obs, windows.reward[:, None]], dim=1), args.normalizer)
+        generated = torch.ones(args.model_horizon + 2, self.obs_dim + 1)
+        generated[0, : self.obs_dim] = generated[-1, -1] = 0
+        self.register_buffer("generated", generated)
+        self.register_buffer("alpha_bar", cosine_alpha_bar(args.diffusion_steps).float())
+        denoiser = TemporalUNet(self.obs_dim + 1, action_dim, args.unet_width, args.unet_multipliers)
+        self.denoiser = fast.on_cpu(denoiser, args.compile)
 
     def pin(self, x: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
-        """x with the known places of the clean window x0 put back (in place)."""
-        x[:, 0, : self.obs_dim] = x0[:, 0, : self.obs_dim]
-        x[:, -1, -1] = 0
-        return x
+        """x with the known places of the clean window x0 put back."""
+        return torch.where(self.generated > 0, x, x0)
 
     def q_sample(self, x0: torch.Tensor, k: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Noised window x_k = sqrt(alpha_bar_k) x0 + sqrt(1 - alpha_bar_k) noise [DAWM Eq. 2], k [B] in 1..K."""
         alpha_bar = self.alpha_bar[k][:, None, None]
         return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
 
-    def loss(self, x0, action, return_to_go, keep) -> torch.Tensor:
-        """Mean squared error of the prediction over all but the known places [DAWM Eq. 2].
+    def loss(self, denoiser: nn.Module, x0, action, return_to_go, keep) -> torch.Tensor:
+        """Mean squared error of the prediction over the generated places [DAWM Eq. 2].
 
         [deviation] Eq. 2 drops the whole condition; as in [DWM App.] only the return-to-go is dropped (`keep` 0), so
         that guidance pushes the return and leaves the rollout tied to its state and action.
@@ -647,10 +468,9 @@ class WorldModel(nn.Module):
         k = torch.randint(1, len(self.alpha_bar), (len(x0),), device=x0.device)
         noise = torch.randn_like(x0)
         x_k = self.pin(self.q_sample(x0, k, noise), x0)
-        prediction = self.denoiser(x_k, k, action, return_to_go, keep)
+        prediction = denoiser(x_k, k, action, return_to_go, keep)
         error = prediction - (noise if self.args.prediction == "noise" else x0)
-        error = self.pin(error, torch.zeros_like(error))
-        return error.square().sum() / (error.numel() - len(error) * (self.obs_dim + 1))
+        return (self.generated * error.square()).sum() / (self.generated.sum() * len(x0))
 
 
 # Copied from dawm_td3bc.py
@@ -663,19 +483,18 @@ def sample_rollouts(
     Returns obs [B, H+2, obs_dim], whose first is the given one to the bit, and reward [B, H+1], dataset units (H:
     model_horizon).
     """
-    batch, obs_dim, low, high = len(obs), obs.shape[1], world_model.low, world_model.high
-    known = torch.zeros(batch, args.model_horizon + 2, obs_dim + 1, device=obs.device)
-    known[:, 0, :obs_dim] = world_model.obs_units.normalize(obs)
+    batch, units = len(obs), world_model.units
+    known = torch.zeros(batch, *world_model.generated.shape, device=obs.device)
+    known[:, 0] = units.normalize(F.pad(obs, (0, 1)))
     # Both guidance branches, with and without return-to-go, go through the network as one batch.
     action, return_to_go = torch.cat([action, action]), torch.cat([return_to_go, return_to_go])
     keep = (torch.arange(2 * batch, device=obs.device) < batch).float()[:, None]
     alpha_bar = cosine_alpha_bar(args.diffusion_steps)
     steps = strided_steps(args.diffusion_steps, args.sampling_steps)
+    coefficients = posterior_coefficients(alpha_bar, steps)
     x = torch.randn_like(known)  # [DWM App.]; DD's code starts from half of it
-    for k, (weight_x0, weight_x_k, std) in reversed(
-        [*zip(steps, posterior_coefficients(alpha_bar, steps), strict=True)]
-    ):
-        world_model.pin(x, known)
+    for k, (weight_x0, weight_x_k, std) in reversed([*zip(steps, coefficients, strict=True)]):
+        x = world_model.pin(x, known)
         k_batch = torch.full((2 * batch,), k, device=obs.device)
         cond, uncond = world_model.denoiser(torch.cat([x, x]), k_batch, action, return_to_go, keep).chunk(2)
         prediction = uncond + args.guidance_scale * (cond - uncond)  # [DD Eq. 8], its omega = 1 + [CFG]'s w
@@ -683,75 +502,63 @@ def sample_rollouts(
         if args.prediction == "noise":
             # At k = K this multiplies the network's error by 103 (K=5): the clamp makes the first step usable.
             x0 = (x - (1 - alpha_bar[k]).sqrt().item() * prediction) / alpha_bar[k].sqrt().item()
-        x0 = world_model.pin(x0.clamp(low, high), known)
+        x0 = world_model.pin(x0.clamp(units.low, units.high), known)
         std = args.sampling_temperature * std  # scales std, not variance [DWM]; 0 at the last step
         x = weight_x0 * x0 + weight_x_k * x + std * torch.randn_like(x)
-    rollout = torch.cat([obs[:, None], world_model.obs_units.denormalize(x[:, 1:, :obs_dim])], dim=1)
-    return rollout, world_model.reward_units.denormalize(x[:, :-1, -1:])[..., 0]
+    tokens = units.denormalize(x)
+    return torch.cat([obs[:, None], tokens[:, 1:, :-1]], dim=1), tokens[:, :-1, -1]
+
+
+# Copied from dawm_td3bc.py
+def world_model_split(args: Args, windows: Windows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices of the windows to train on, and of those held out. UserError if none is left to train on."""
+    train, held_out = windows.split(windows.usable, args.world_model_holdout, args.world_model_seed)
+    if not len(train):
+        raise UserError(f"--world-model-holdout {args.world_model_holdout} keeps every long episode away; lower it")
+    return train, held_out
 
 
 # Copied from dawm_td3bc.py
 def train_world_model(args: Args, windows: Windows, run: Run) -> WorldModel:
-    """Fit the denoiser by Eq. 2, or by its x0 form; the returned model carries the averaged weights [DWM App.]."""
-    kept = Kept(run, "world model", train_world_model)
+    """Fit the denoiser by Eq. 2, or by its x0 form."""
     run.seed("world_model", args.world_model_seed)
     world_model = WorldModel(args, windows).to(run.device)
-    if kept.tensors is not None:
-        world_model.load_state_dict(kept.tensors)
-        return world_model
-    ema_denoiser = copy.deepcopy(world_model.denoiser)
-    parameters, ema_parameters = list(world_model.denoiser.parameters()), list(ema_denoiser.parameters())
+    denoiser = copy.deepcopy(world_model.denoiser)
+    parameters, averaged = list(denoiser.parameters()), list(world_model.denoiser.parameters())
     optimizer = torch.optim.Adam(parameters, lr=args.world_model_lr, fused=True)
-    held_out = windows.held_out(args.world_model_holdout, args.world_model_seed)
-    train = (windows.usable & ~held_out).nonzero()[:, 0]
-    if not len(train):
-        raise UserError(f"--world-model-holdout {args.world_model_holdout} keeps every long episode away; lower it")
-    normalized = world_model.normalize(windows.obs, windows.reward)  # once, not for every batch
-    with run.stage("world model", args.world_model_steps, "update", (world_model, ema_denoiser, optimizer)) as stage:
+    train, held_out = world_model_split(args, windows)
+    normalized = world_model.units.normalize(torch.cat([windows.obs, windows.reward[:, None]], dim=1))  # once for all
+
+    def loss_of(denoiser, index):
+        x0 = normalized[windows.rows(index)]
+        x0[:, -1, -1] = 0
+        keep = (torch.rand(len(index), 1, device=run.device) >= args.cond_drop_prob).float()
+        return world_model.loss(denoiser, x0, windows.action[index], windows.return_to_go[index, None], keep)
+
+    @torch.no_grad()
+    def held_out_loss():
+        with torch.random.fork_rng():  # the same windows and noise every time, and none of the training's
+            torch.manual_seed(args.world_model_seed)
+            return loss_of(world_model.denoiser, held_out[torch.randint(len(held_out), (512,), device=run.device)])
+
+    with run.stage(
+        train_world_model, args.world_model_steps, "update", keeps=world_model, saves=(denoiser, optimizer)
+    ) as stage:
         for step in stage:
-            index = train[torch.randint(len(train), (args.world_model_batch_size,), device=run.device)]
-            x0 = normalized[windows.rows(index)]
-            x0[:, -1, -1] = 0
-            keep = (torch.rand(len(index), 1, device=run.device) >= args.cond_drop_prob).float()
-            loss = world_model.loss(x0, windows.action[index], windows.return_to_go[index, None], keep)
+            loss = loss_of(
+                denoiser, train[torch.randint(len(train), (args.world_model_batch_size,), device=run.device)]
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if step % args.ema_every == 0:
+            if step % args.ema_every == 0 or step == args.world_model_steps:
                 with torch.no_grad():
-                    rate = 1 - args.ema_decay if step > args.ema_start else 1.0
-                    torch._foreach_lerp_(ema_parameters, parameters, rate)
+                    torch._foreach_lerp_(averaged, parameters, 1 - args.ema_decay if step > args.ema_start else 1.0)
             if step % args.log_every == 0 or step == args.world_model_steps:
                 run.log(step, {"world_model/loss": loss})
-    if args.world_model_steps >= args.ema_every:
-        world_model.denoiser.load_state_dict(ema_denoiser.state_dict())
-    kept.keep(world_model.state_dict())
+                if len(held_out):
+                    run.log(step, {"world_model/val_loss": held_out_loss()})
     return world_model
-
-
-# Copied from dawm_td3bc.py
-def measure_world_model(args: Args, world_model: WorldModel, windows: Windows, run: Run) -> None:
-    """Log the root mean squared error of rollouts on held-out windows, per step, in standard deviations of the data.
-
-    Each rollout is asked for its window's own return-to-go. Only step 1 measures the model alone: what follows depends
-    on the behaviour policy's noise too, which nothing can predict.
-    """
-    held_out = windows.held_out(args.world_model_holdout, args.world_model_seed)
-    index = (windows.fits & held_out).nonzero()[:, 0]
-    if not len(index):
-        return
-    run.seed("measure", args.world_model_seed)
-    index = index[torch.linspace(0, len(index) - 1, 2048, device=index.device).long()]
-    obs, reward = windows.obs[windows.rows(index)], windows.reward[windows.rows(index)]
-    target = windows.return_to_go[index, None]
-    made_obs, made_reward = sample_rollouts(args, world_model, obs[:, 0], windows.action[index], target)
-    obs_error = ((made_obs - obs) / (windows.obs.std(0) + 1e-6)).square().mean((0, 2)).sqrt()[1:]
-    reward_error = (
-        ((made_reward - reward[:, :-1]) / (windows.reward[windows.start].std() + 1e-6)).square().mean(0).sqrt()
-    )
-    names = [f"world_model/val_{what}_error_step{i + 1}" for what in ("obs", "reward") for i in range(len(obs_error))]
-    errors = torch.cat([obs_error, reward_error]).tolist()
-    run.log(args.world_model_steps, dict(zip(names, errors, strict=True)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -762,61 +569,59 @@ def measure_world_model(args: Args, world_model: WorldModel, windows: Windows, r
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. Synthesis: real pairs to imagined futures
 # ---------------------------------------------------------------------------------------------------------------------
-# A future is one row: obs, action (both real), then, of each of H+1 imagined steps (H: model_horizon), the reward,
-# whether the episode is over after it, and the state.
+# A future of real pairs [B] is a dict: reward [B, H+1] from the pair's own on, ended [B, H+1] and obs
+# [B, H+1, obs_dim] of the states that follow (H: model_horizon). The targets take what they need of it.
 
 
 # Copied from dawm_td3bc.py
-def has_fallen(robot: str, obs: torch.Tensor) -> torch.Tensor:
-    """The simulator's own rule for the end of an episode, on obs [..., obs_dim] in dataset units -> bool [...]."""
-    if robot == "hopper":
-        height, angle = obs[..., 0], obs[..., 1]
-        return ~((obs[..., 1:].abs() < 100).all(-1) & (height > 0.7) & (angle.abs() < 0.2))
-    if robot == "walker2d":
-        height, angle = obs[..., 0], obs[..., 1]
-        return ~((height > 0.8) & (height < 2.0) & (angle.abs() < 1.0))
-    return torch.zeros(obs.shape[:-1], dtype=torch.bool, device=obs.device)  # halfcheetah never ends early
+def imagine(args: Args, windows: Windows, world_model: WorldModel, index: torch.Tensor):
+    """States [B, model_horizon+2, obs_dim] and rewards [B, model_horizon+1] that follow the real pairs `index` [B]."""
+    target = target_return(args)
+    if target == "own":
+        target = windows.return_to_go[index, None]
+    else:  # [DAWM Alg. 2]: one g_eval for every pair
+        target = torch.full((len(index), 1), target, device=index.device)
+    return sample_rollouts(args, world_model, windows.obs[windows.start[index]], windows.action[index], target)
 
 
-# Adapted from dawm_td3bc.py: states and rewards stay as imagined, no action is filled in
-class Synthesizer:
-    """Imagines what follows real pairs [DWM]."""
+# Adapted from dawm_td3bc.py: of all steps, whatever the horizon; termination is the target's affair
+def mark_ends(windows: Windows, obs: torch.Tensor, reward: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Not in the paper: whether the episode is over after each step, and reward without its end signs, [B, H+1].
 
-    def __init__(self, args: Args, robot: str, windows: Windows, world_model):
-        self.args, self.robot, self.windows, self.world_model = args, robot, windows, world_model
-
-    def __call__(self, index: torch.Tensor) -> torch.Tensor:
-        """Futures of the real pairs `index` [B] -> rows [B, obs_dim + action_dim + (H+1) * (2 + obs_dim)]."""
-        args, windows = self.args, self.windows
-        target = target_return(args)
-        if target == "own":
-            target = windows.return_to_go[index, None]
-        else:  # [DWM]: one g_eval for every pair
-            target = torch.full((len(index), 1), target, device=index.device)
-        obs, action = windows.obs[windows.start[index]], windows.action[index]
-        future, reward = sample_rollouts(args, self.world_model, obs, action, target)
-        over = windows.is_over(reward)
-        ended = has_fallen(self.robot, future[:, 1:])
-        ended[:, :-1] |= over[:, 1:]
-        return torch.cat([obs, action, reward.masked_fill(over, 0), ended, future[:, 1:].flatten(1)], dim=1)
+    Over is what the simulator's rule says of the next state, or the model's own sign, a reward below all real ones.
+    """
+    over = windows.is_over(reward)
+    ended = F.pad(over[:, 1:], (0, 1))  # the step before an episode that is over ended it
+    if windows.healthy is not None:
+        low, high = windows.healthy
+        ended |= ~((obs[:, 1:] > low) & (obs[:, 1:] < high)).all(-1)
+    return ended, reward.masked_fill(over, 0)
 
 
-# Adapted from dawm_td3bc.py: futures of all pairs, for --rollouts stored
-def synthesize(args: Args, synthesizer: Synthesizer, run: Run) -> torch.Tensor:
-    """The future of every real pair -> rows [N, row_dim]."""
-    kept = Kept(run, "rollouts", synthesize, after=("world model",))
-    if kept.tensors is not None:
-        return kept.tensors["futures"]
+def imagine_futures(args: Args, windows: Windows, world_model, index: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What follows the real pairs `index` [B]."""
+    obs, reward = imagine(args, windows, world_model, index)
+    ended, reward = mark_ends(windows, obs, reward)
+    return {"reward": reward, "ended": ended, "obs": obs[:, 1:]}
+
+
+# Adapted from dawm_td3bc.py: the futures of all pairs, for --rollouts stored
+def synthesize(args: Args, windows: Windows, world_model, run: Run) -> dict[str, torch.Tensor]:
+    """The future of every real pair, for any horizon, termination and agent.
+
+    They stay in the CPU's memory, 4 * (obs_dim + 1) bytes for each imagined step; the agent takes them to its device.
+    """
     run.seed("synthesis", args.synthesis_seed)
-    pairs = torch.arange(len(synthesizer.windows.start), device=run.device)
-    obs_dim, action_dim = synthesizer.world_model.obs_dim, synthesizer.windows.action.shape[1]
-    row_dim = obs_dim + action_dim + (args.model_horizon + 1) * (2 + obs_dim)
-    stored = RowFile(run, "rollouts", row_dim)
-    with run.stage("rollouts", len(pairs), "pair", (stored,)) as stage:
+    pairs = torch.arange(len(windows.start), device=run.device)
+    shape = len(pairs), args.model_horizon + 1
+    futures = {"reward": torch.zeros(shape), "ended": torch.zeros(shape, dtype=torch.bool)}
+    futures["obs"] = torch.zeros(*shape, world_model.obs_dim)
+    with run.stage(synthesize, len(pairs), "pair", keeps=futures, after=("world model",)) as stage:
         for index in stage.over(pairs.split(args.synthesis_batch_size)):
-            stored.append(synthesizer(index))
-    futures = stored.tensor(run.device)
-    return kept.keep({"futures": futures})["futures"]
+            for name, values in imagine_futures(args, windows, world_model, index).items():
+                futures[name][stage.at : stage.at + len(index)] = values
+    run.log(0, {"synthesis/fall_fraction": futures["ended"].any(1).float().mean()})
+    return futures
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -849,13 +654,12 @@ def lambda_return(reward, ended, value, gamma: float, weight: float, extra_rewar
     return result
 
 
-def imagined_target(args: Args, reward, ended, future, value) -> torch.Tensor:
-    """The critic's target at real pairs [B], from imagined reward and ended [B, H+1] and states [B, H+1, obs_dim].
-
-    `value` maps states [N, obs_dim] to [N].
-    """
-    steps = args.simulation_horizon
-    states, ended = future[:, :steps], ended[:, :steps] * (args.termination == "rule")
+@torch.no_grad()
+def imagined_target(args: Args, future: dict[str, torch.Tensor], value, reward_factor: float = 1.0) -> torch.Tensor:
+    """The critic's target at real pairs [B], from their future; `value` maps states [N, obs_dim] to [N]."""
+    steps = args.horizon
+    reward, states = reward_factor * future["reward"], future["obs"][:, :steps]
+    ended = future["ended"][:, :steps].to(reward.dtype) * (args.termination == "rule")
     if not args.lambda_return:
         return mve_target(reward[:, :steps], ended, value(states[:, -1]), args.gamma)
     values = value(states.flatten(0, 1)).view(len(states), steps)
@@ -898,47 +702,45 @@ class Critic(nn.Module):
 
 
 # Adapted from dawm_td3bc.py: its critics learn from imagined futures
-class TD3BC:
-    """Actor, twin critics and their targets; `update` is one step of [DWM], with its TD3+BC."""
+class TD3BC(nn.Module):
+    """Actor, twin critics and their targets; `update` is one step of [DWM], with its TD3+BC.
+
+    obs [N, obs_dim], the real ones, gives the units of the networks [TD3BC Sec. 5].
+    """
 
     def __init__(self, args: Args, obs: torch.Tensor, action_dim: int):
-        self.args, self.obs_dim = args, obs.shape[1]
-        steps = args.model_horizon + 1
-        self.sizes = [self.obs_dim, action_dim, steps, steps, steps * self.obs_dim]  # of a row's parts
-        units = obs.mean(0), obs.std(0) + 1e-3, action_dim  # [TD3BC Sec. 5]
+        super().__init__()
+        self.args = args
+        units = obs.mean(0), obs.std(0) + 1e-3, action_dim
         self.actor, self.qf1, self.qf2 = (net(*units).to(obs.device) for net in (Actor, Critic, Critic))
         self.actor_target, self.qf1_target, self.qf2_target = map(copy.deepcopy, (self.actor, self.qf1, self.qf2))
         self.qf_parameters = [*self.qf1.parameters(), *self.qf2.parameters()]
         self.actor_parameters = list(self.actor.parameters())
-        self.parameters = self.actor_parameters + self.qf_parameters
         targets = (self.actor_target, self.qf1_target, self.qf2_target)
         self.target_parameters = [parameter for net in targets for parameter in net.parameters()]
         self.actor_optimizer = torch.optim.Adam(self.actor_parameters, lr=args.agent_lr, fused=True)
         self.qf_optimizer = torch.optim.Adam(self.qf_parameters, lr=args.agent_lr, fused=True)
 
-    def update(self, batch: torch.Tensor, update_actor: bool) -> dict[str, torch.Tensor]:
-        """One critic update on rows [B, row_dim] and, if asked for, one actor and target update. Returns losses."""
-        obs, action, reward, ended, future = batch.split(self.sizes, dim=1)
-        target = self.target(reward, ended, future.view(len(future), -1, self.obs_dim))
+    def update(self, obs, action, future: dict[str, torch.Tensor], update_actor: bool) -> dict[str, torch.Tensor]:
+        """One critic update on real pairs [B] and, if asked for, one actor and target update. Returns losses."""
+        # DWM: imagined rewards and min Q'(s_H, pi'(s_H)), and a step of each critic on its squared error
+        target = imagined_target(self.args, future, self.target_value)
         qf_loss = F.mse_loss(self.qf1(obs, action), target) + F.mse_loss(self.qf2(obs, action), target)
         self.qf_optimizer.zero_grad()
         qf_loss.backward(inputs=self.qf_parameters)
         self.qf_optimizer.step()
         losses = {"agent/qf_loss": qf_loss.detach(), "agent/qf_target": target.mean()}
         if update_actor:
+            # DWM: every n-th time a step of the actor, and all targets follow
             actor_loss, bc_loss = self.actor_loss(obs, action)
             self.actor_optimizer.zero_grad()
             actor_loss.backward(inputs=self.actor_parameters)
             self.actor_optimizer.step()
             with torch.no_grad():
-                torch._foreach_lerp_(self.target_parameters, self.parameters, self.args.tau)
+                online = self.actor_parameters + self.qf_parameters
+                torch._foreach_lerp_(self.target_parameters, online, self.args.tau)
             losses |= {"agent/actor_loss": actor_loss.detach(), "agent/bc_loss": bc_loss.detach()}
         return losses
-
-    @torch.no_grad()
-    def target(self, reward, ended, future) -> torch.Tensor:
-        """The critics' target at the real pairs: imagined rewards, then min Q' [DWM]."""
-        return imagined_target(self.args, reward, ended, future, self.target_value)
 
     def target_value(self, obs) -> torch.Tensor:
         """min Q'(s, a), a = target policy plus clipped noise [TD3BC], obs [B, obs_dim] -> [B]."""
@@ -948,10 +750,7 @@ class TD3BC:
         return torch.minimum(self.qf1_target(obs, action), self.qf2_target(obs, action))
 
     def actor_loss(self, obs, action) -> tuple[torch.Tensor, torch.Tensor]:
-        """-lambda Q + behaviour cloning, and the latter alone; lambda = bc_alpha / mean|Q| [TD3BC Eq. 5].
-
-        [deviation] [DAWM Alg. 2] prints descent on +Q and lambda on both terms, with which the actor would minimise Q.
-        """
+        """-lambda Q + behaviour cloning, and the latter alone; lambda = bc_alpha / mean|Q| [TD3BC Eq. 5], [DWM]."""
         policy_action = self.actor(obs)
         q = self.qf1(obs, policy_action)
         bc_loss = F.mse_loss(policy_action, action)
@@ -1009,16 +808,16 @@ def expectile_loss(difference: torch.Tensor, expectile: float) -> torch.Tensor:
 
 
 # Adapted from dawm_iql.py: its critics learn from imagined futures
-class IQL:
+class IQL(nn.Module):
     """Policy, value, twin critics and their targets; `update` is one step of [DWM], with its IQL.
 
+    obs [N, obs_dim], the real ones, gives the units of the networks.
     [deviation] DWM bounds the policy by a tanh; ours is DAWM-IQL's, so that the targets alone tell the two apart.
     """
 
     def __init__(self, args: Args, obs: torch.Tensor, action_dim: int, reward_factor: float):
-        self.args, self.reward_factor, self.obs_dim = args, reward_factor, obs.shape[1]
-        steps = args.model_horizon + 1
-        self.sizes = [self.obs_dim, action_dim, steps, steps, steps * self.obs_dim]  # of a row's parts
+        super().__init__()
+        self.args, self.reward_factor = args, reward_factor
         mean, std = obs.mean(0), obs.std(0) + 1e-3
         if not args.normalize_obs:
             mean, std = torch.zeros_like(mean), torch.ones_like(std)
@@ -1029,19 +828,19 @@ class IQL:
         self.qf_parameters = [*self.qf1.parameters(), *self.qf2.parameters()]
         self.qf_target_parameters = [*self.qf1_target.parameters(), *self.qf2_target.parameters()]
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=args.agent_lr, fused=True)
-        self.critic_parameters = [*self.qf_parameters, *self.vf.parameters()]
-        self.critic_optimizer = torch.optim.Adam(self.critic_parameters, lr=args.agent_lr, fused=True)
+        critic_parameters = [*self.qf_parameters, *self.vf.parameters()]
+        self.critic_optimizer = torch.optim.Adam(critic_parameters, lr=args.agent_lr, fused=True)
         actor_updates = max(1, args.agent_updates // args.policy_delay)
         self.actor_schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.actor_optimizer, actor_updates)
 
-    def update(self, batch: torch.Tensor, update_actor: bool) -> dict[str, torch.Tensor]:
-        """One update of value and critics on rows [B, row_dim] and, if asked for, of targets and policy. Losses."""
-        obs, action, reward, ended, future = batch.split(self.sizes, dim=1)
+    def update(self, obs, action, future: dict[str, torch.Tensor], update_actor: bool) -> dict[str, torch.Tensor]:
+        """One update of value and critics on real pairs [B] and, if asked for, of targets and policy. Losses."""
         # Both before any network moves, as in IQL's code.
-        target = self.target(reward, ended, future.view(len(future), -1, self.obs_dim))
+        target = imagined_target(self.args, future, self.vf, self.reward_factor)
         with torch.no_grad():  # the target critics, as in IQL's code; the online ones are printed [deviation]
             q = torch.minimum(self.qf1_target(obs, action), self.qf2_target(obs, action))
         advantage = q - self.vf(obs)
+        # DWM: a step of V on its error to min Q'(s, a), and of each critic on its own to the imagined target
         vf_loss = expectile_loss(advantage, self.args.expectile)
         qf_loss = (F.mse_loss(self.qf1(obs, action), target) + F.mse_loss(self.qf2(obs, action), target)) / 2
         self.critic_optimizer.zero_grad()
@@ -1053,6 +852,7 @@ class IQL:
             "agent/qf_target": target.mean(),
         }
         if update_actor:
+            # DWM: the targets follow, and the policy clones what its advantage weighs
             with torch.no_grad():
                 torch._foreach_lerp_(self.qf_target_parameters, self.qf_parameters, self.args.tau)
             actor_loss, weight = self.actor_loss(obs, action, advantage.detach())
@@ -1063,17 +863,8 @@ class IQL:
             losses |= {"agent/actor_loss": actor_loss.detach(), "agent/actor_weight": weight.mean()}
         return losses
 
-    @torch.no_grad()
-    def target(self, reward, ended, future) -> torch.Tensor:
-        """The critics' target at the real pairs: imagined rewards, scaled, then V [DWM]."""
-        return imagined_target(self.args, self.reward_factor * reward, ended, future, self.vf)
-
     def actor_loss(self, obs, action, advantage) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weighted cloning of the action in the transition, and the weights exp(beta A) up to a cap [IQL Eq. 7].
-
-        [deviation] [DAWM Alg. 3] prints the advantage of the policy's own action and a log-density without an action,
-        which would leave the policy without any supervision, and a sign that would drive good actions away.
-        """
+        """Weighted cloning of the real action, and the weights exp(beta A) up to a cap [IQL Eq. 7], [DWM]."""
         weight = (self.args.awr_beta * advantage).exp().clamp(max=self.args.max_weight)
         return -(weight * self.actor.log_prob(obs, action)).mean(), weight
 
@@ -1089,65 +880,39 @@ def reward_factor(args: Args, dataset: OfflineDataset) -> float:
     return 1000 / spread
 
 
-# Adapted from dawm_td3bc.py: real pairs with their imagined futures
-def batches(args: Args, synthetic: torch.Tensor | None, synthesizer: Synthesizer, at: dict):
-    """Endless (rows, update_actor): real pairs with their futures, and whether the actor follows the critic.
-
-    `at` begins as {"count": 0} and is kept up, so that an interrupted run goes on there.
-    """
-    pairs, device = len(synthesizer.windows.start), synthesizer.windows.start.device
-    while True:
-        at["count"] += 1
-        index = torch.randint(pairs, (args.agent_batch_size,), device=device)
-        rows = synthesizer(index) if synthetic is None else synthetic[index.to(synthetic.device)].to(device)
-        yield rows, at["count"] % args.policy_delay == 0
-
-
-# Adapted from dawm_td3bc.py: two agents, imagined futures
-def train_agent(args: Args, dataset: OfflineDataset, synthetic, synthesizer, evaluator: Evaluator, run: Run):
-    """TD3+BC or IQL on real pairs and imagined futures -> the mean return of every evaluation; keeps the actor."""
+# Adapted from dawm_td3bc.py: two agents, on real pairs and their futures
+def train_agent(
+    args: Args, dataset: OfflineDataset, windows: Windows, world_model, futures, evaluator: Evaluator, run: Run
+) -> TD3BC | IQL:
+    """TD3+BC or IQL on real pairs with their `futures` (see synthesize), or, without, on what is imagined for each."""
     run.seed("agent", args.seed)
-    obs = torch.as_tensor(dataset.obs, device=run.device)
-    factor = 1 if args.agent == "td3bc" else reward_factor(args, dataset)
+    obs, action, losses = windows.obs[windows.start], windows.action, {}
     if args.agent == "td3bc":
-        agent = TD3BC(args, obs, dataset.action.shape[1])
+        factor, agent = 1.0, TD3BC(args, obs, action.shape[1])
+        optimizers = agent.actor_optimizer, agent.qf_optimizer
     else:
-        agent = IQL(args, obs, dataset.action.shape[1], factor)
+        factor = reward_factor(args, dataset)
+        agent = IQL(args, obs, action.shape[1], factor)
+        optimizers = agent.actor_optimizer, agent.critic_optimizer, agent.actor_schedule
     # No policy's values lie above this where rewards are like the data's: a mean target beyond it means divergence.
     run.bounds["agent/qf_target"] = factor * np.abs(dataset.reward).max() / max(1 - args.gamma, 1e-9)
-    resumable(run, "agent", train_agent)
-    progress = {"losses": {}, "returns": [], "at": {"count": 0}}
-    with run.stage("agent", args.agent_updates, "update", (agent, progress)) as stage:
-        source = batches(args, synthetic, synthesizer, progress["at"])
+    stored = None if futures is None else {name: values.to(run.device) for name, values in futures.items()}
+    with run.stage(
+        train_agent, args.agent_updates, "update", keeps=agent, saves=(*optimizers, losses), private=True
+    ) as stage:
         for update in stage:
-            progress["losses"] |= agent.update(*next(source))
+            # DWM: sample real pairs (s_t, a_t), and imagine what follows
+            index = torch.randint(len(obs), (args.agent_batch_size,), device=run.device)
+            if stored is None:
+                future = imagine_futures(args, windows, world_model, index)
+            else:
+                future = {name: values[index] for name, values in stored.items()}
+            losses |= agent.update(obs[index], action[index], future, update_actor=update % args.policy_delay == 0)
             if update % args.log_every == 0 or update == args.agent_updates:
-                run.log(update, progress["losses"])
+                run.log(update, losses)
             if update % args.eval_every == 0 or update == args.agent_updates:
-                progress["returns"].append(evaluate(agent.actor, evaluator, dataset, update, run))
-                stage.bar.set_postfix(episodic_return=f"{progress['returns'][-1]:.0f}")
-    run.save("actor", agent.actor.state_dict())
-    return progress["returns"]
-
-
-# Copied from dawm_td3bc.py
-def evaluate(actor: nn.Module, evaluator: Evaluator, dataset: OfflineDataset, update: int, run: Run) -> float:
-    """Mean return of whole episodes of the deterministic actor [TD3BC]; logs it, and the score where one is defined."""
-
-    @torch.no_grad()
-    def policy(obs: np.ndarray) -> np.ndarray:
-        return actor(torch.as_tensor(obs, device=run.device)).cpu().numpy()
-
-    with run.timed("evaluation"):
-        returns = evaluator(policy, seed=run.args.seed + 100)  # as TD3BC's code
-    mean = float(returns.mean())
-    score = normalized_score(dataset.robot, mean)
-    run.log(
-        update,
-        {"eval/episodic_return": mean, "eval/episodic_return_std": returns.std()}
-        | ({} if score is None else {"eval/normalized_score": score}),
-    )
-    return mean
+                evaluate(agent.actor, evaluator, run, update)
+    return agent
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1155,26 +920,36 @@ def evaluate(actor: nn.Module, evaluator: Evaluator, dataset: OfflineDataset, up
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def main(args: Args) -> float:
-    args.policy_delay = {"td3bc": 2, "iql": 1}[args.agent] if args.policy_delay is None else args.policy_delay
-    args.lambda_return = args.agent == "iql" if args.lambda_return is None else args.lambda_return
+def main(args: Args, run: Run | None = None) -> SimpleNamespace:
+    """All parts that the method has, made, or found where `run` has finished before."""
+    for name, value in AGENTS[args.agent].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     check_args(args)
-    run = Run(args)
-    with run.timed("data"):
-        dataset = load_dataset(args.env_id, args.data_path)
-    args.physics = dataset.physics if args.physics == "auto" else args.physics
-    evaluator = Evaluator(
-        dataset.simulator, args.physics, args.eval_episodes, dataset.simulator_kwargs, dataset.obs.shape[1]
-    )
-    windows = Windows(args, dataset, run.device)
-    run.describe(dataset.facts(), return_scale=windows.return_scale, target_return=target_return(args))
+    run = run or Run(args)
+    dataset = load_dataset(args.env_id, args.data_path)
+    evaluator = Evaluator(dataset, args.physics, args.eval_episodes)
+    windows, futures = Windows(args, dataset, run.device), None
+    world_model_split(args, windows)  # what these two refuse is told before anything is made
+    if args.agent == "iql":
+        reward_factor(args, dataset)
+    run.open(dataset, evaluator, return_scale=windows.return_scale, target_return=target_return(args))
     world_model = train_world_model(args, windows, run)
-    measure_world_model(args, world_model, windows, run)
-    synthesizer = Synthesizer(args, dataset.robot, windows, world_model)
-    synthetic = synthesize(args, synthesizer, run) if args.rollouts == "stored" else None
-    returns = train_agent(args, dataset, synthetic, synthesizer, evaluator, run)
-    run.finish(score_report(dataset.robot, dataset.returns, returns, evaluator))
-    return returns[-1]
+    if args.rollouts == "stored":
+        futures = synthesize(args, windows, world_model, run)
+    agent = train_agent(args, dataset, windows, world_model, futures, evaluator, run)
+    run.finish(score_report(dataset, run.history["eval/episodic_return"], evaluator))
+    return SimpleNamespace(
+        args=args, run=run, dataset=dataset, evaluator=evaluator, windows=windows, world_model=world_model,
+        futures=futures, agent=agent, actor=agent.actor,
+    )  # fmt: skip
+
+
+# Copied from dawm_td3bc.py
+def load_run(folder) -> SimpleNamespace:
+    """The parts of a finished run, from its folder alone: `main` once more, with every stage found and none made."""
+    run = Run.finished(folder, Args)
+    return main(run.args, run)
 
 
 if __name__ == "__main__":

@@ -1,104 +1,101 @@
 """Offline data by name: D4RL files, Minari data sets, and local data sets made on this machine.
 
-Whatever the source, a script gets one OfflineDataset of flat float32 arrays. Nothing here imports a D4RL package, and
-no pickle is ever read.
+Whatever the source, a script gets one OfflineDataset of flat float32 arrays, and what the source says of itself has
+been held against its rows. Nothing here imports a D4RL package, and no pickle is ever read.
 """
 
 import difflib
+import errno
 import hashlib
 import http.client
 import os
-import queue
 import re
 import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 import warnings
-import zipfile
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import gymnasium as gym
 import h5py
 import numpy as np
-from filelock import FileLock, Timeout
-from tqdm import tqdm
+from gymnasium.envs.registration import EnvSpec
 
 from common import UserError
+from common.evaluation import described, fall_rule, from_box, is_unchanged, make_env, plain, robot_of
+from common.files import locked, one_line, sha256_of
 
-ROBOTS = {  # name: (simulator, obs_dim, action_dim)
-    "hopper": ("Hopper-v4", 11, 3),
-    "walker2d": ("Walker2d-v4", 17, 6),
-    "halfcheetah": ("HalfCheetah-v4", 17, 6),
-}
+ROBOTS = {"hopper": "Hopper-v4", "walker2d": "Walker2d-v4", "halfcheetah": "HalfCheetah-v4"}
 D4RL_QUALITIES = ("random", "medium", "medium-replay", "medium-expert", "full-replay", "expert")
 LOCAL_QUALITIES = ("random", "medium", "medium-replay", "medium-expert", "expert")
 D4RL_NAMES = [f"{robot}-{quality}-v2" for robot in ROBOTS for quality in D4RL_QUALITIES]
 LOCAL_NAMES = [f"local/{robot}/{quality}-v0" for robot in ROBOTS for quality in LOCAL_QUALITIES]
+OTHER_D4RL = r"(antmaze|maze2d|pen|hammer|door|relocate|kitchen|ant|flow|carla|minigrid|bullet)-.+"
 D4RL_LOCATIONS = (
-    "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2",
     "https://huggingface.co/datasets/imone/D4RL/resolve/9ed58d8a76c12f4c1cb5db51fa71389e703d2ec5",
+    "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2",
 )
 D4RL_KEYS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
+MINARI_KEYS = ("observations", "actions", "rewards", "terminations", "truncations")
 CONNECT_SECONDS = 2  # offline must be told within two seconds
 MAX_FILE_BYTES = 4 * 2**30  # the largest D4RL locomotion file has under 1 GiB
+UNBOUNDED = 1e10  # of an action; some write the largest float for infinity
+LEARNING = ("NormalizeObservation", "NormalizeReward")  # wrappers with a memory that no spec carries
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system that grants none
+UNREADABLE = (OSError, RuntimeError, LookupError, TypeError, ValueError, AssertionError, AttributeError, MemoryError)
 
-# Episodes and steps up to the last flag, and mean return, of the published files; their bytes and sha256 where
-# independent users have pinned them (D4RL itself publishes no checksums).
+# (episodes and steps up to the last flag, mean return), bytes and sha256 of the published files. D4RL publishes no
+# checksums: these are what independent users have pinned.
 KNOWN = {
-    "hopper-medium-v2": (
-        (2186, 999_906, 1422.06),
-        152_756_557,
-        "5bdf1bc4a713c82941de44633df669b36c89850b652a25985166796d25cf71a0",
-    ),
-    "hopper-medium-replay-v2": (
-        (2041, 402_000, 467.30),
-        75_854_457,
-        "e121c5f7c9857a307baa9edc6a2c3b48e85fedb9ac316ecddd0f48ca7ef4e39b",
-    ),
-    "hopper-medium-expert-v2": (
-        (3213, 1_999_400, 2089.88),
-        None,
-        "9d51ad87f8c905be3880d84c6140bcdb7fbf39a19e046a237f238ba34fec9e26",
-    ),
+    "hopper-medium-v2": ((2186, 999_906, 1422.06), 152_756_557,
+        "5bdf1bc4a713c82941de44633df669b36c89850b652a25985166796d25cf71a0"),
+    "hopper-medium-replay-v2": ((2041, 402_000, 467.30), 75_854_457,
+        "e121c5f7c9857a307baa9edc6a2c3b48e85fedb9ac316ecddd0f48ca7ef4e39b"),
+    "hopper-medium-expert-v2": ((3213, 1_999_400, 2089.88), None,
+        "9d51ad87f8c905be3880d84c6140bcdb7fbf39a19e046a237f238ba34fec9e26"),
     "hopper-expert-v2": ((1027, 999_494, 3511.36), None, None),
     "walker2d-medium-v2": ((1190, 999_995, 2852.09), None, None),
-    "walker2d-medium-replay-v2": (
-        (1093, 302_000, 682.70),
-        86_323_963,
-        "e75de96a4f77acf7d4e0d6fdf0d7ccb177c26c44bb4388e4fd99f543ccfa18db",
-    ),
+    "walker2d-medium-replay-v2": ((1093, 302_000, 682.70), 86_323_963,
+        "e75de96a4f77acf7d4e0d6fdf0d7ccb177c26c44bb4388e4fd99f543ccfa18db"),
     "walker2d-medium-expert-v2": ((2190, 1_999_209, 3796.57), None, None),
     "walker2d-expert-v2": ((1000, 999_214, 4920.51), None, None),
     "halfcheetah-medium-v2": ((1000, 1_000_000, 4770.33), None, None),
     "halfcheetah-medium-replay-v2": ((202, 202_000, 3093.29), None, None),
     "halfcheetah-medium-expert-v2": ((2000, 2_000_000, 7713.38), None, None),
     "halfcheetah-expert-v2": ((1000, 1_000_000, 10656.43), None, None),
-}
+}  # fmt: skip
 
 
 @dataclass
 class OfflineDataset:
-    """One row per transition, episodes end to end, dataset units, float32.
+    """One row per transition, episodes end to end, float32.
 
-    obs, next_obs [N, obs_dim]; action [N, action_dim] in [-1, 1]; reward [N]; terminated [N] bool, true only where the
-    robot fell (never at a time limit); lengths [E] rows per episode; complete [E] bool, false for an episode whose end
-    the source does not mark (a file's cut tail). Inside an episode, next_obs of a row is obs of the following row.
+    obs, next_obs [N, obs_dim], reward [N] in dataset units; action [N, action_dim] in [-1, 1], mapped from the
+    environment's Box [action_low, action_high]; terminated [N] bool, true only where the episode ended for good (never
+    at a time limit); lengths [E] rows per episode; complete [E] bool, false for an episode whose end the source does
+    not mark (a file's cut tail). Inside an episode, next_obs of a row is obs of the following row.
+
+    healthy_low, healthy_high [obs_dim]: the simulator's fall rule, fallen unless low < obs < high; None where no rule
+    is known or the rows contradict it.
     """
 
-    ARRAYS = ("obs", "action", "reward", "next_obs", "terminated", "lengths", "complete")
+    ARRAYS = (
+        "obs", "action", "reward", "next_obs", "terminated", "lengths", "complete", "action_low", "action_high",
+        "healthy_low", "healthy_high",
+    )  # fmt: skip
 
     env_id: str
     source: str
     path: str
     sha256: str
-    simulator: str
-    simulator_kwargs: dict
-    physics: str
     note: str
+    spec: EnvSpec
+    physics: str
     obs: np.ndarray
     action: np.ndarray
     reward: np.ndarray
@@ -106,45 +103,50 @@ class OfflineDataset:
     terminated: np.ndarray
     lengths: np.ndarray
     complete: np.ndarray
+    action_low: np.ndarray
+    action_high: np.ndarray
+    healthy_low: np.ndarray | None = None
+    healthy_high: np.ndarray | None = None
 
     @property
     def robot(self) -> str:
-        """The D4RL robot ("hopper") or "" for any other simulator."""
-        name = self.simulator.rsplit("-v", 1)[0].lower()
-        return name if name in ROBOTS else ""
+        """The D4RL robot ("hopper") if the environment is the unchanged one that D4RL's scores are for, else ""."""
+        return robot_of(self.spec) if is_unchanged(self.spec) else ""
+
+    @property
+    def last(self) -> np.ndarray:
+        """[E] the last row of each episode."""
+        return np.cumsum(self.lengths) - 1
 
     @property
     def returns(self) -> np.ndarray:
         """Undiscounted return of each complete episode, or of every episode if none is complete."""
-        starts = np.cumsum(self.lengths) - self.lengths
-        returns = np.add.reduceat(self.reward.astype(np.float64), starts)
+        returns = np.add.reduceat(self.reward.astype(np.float64), self.last + 1 - self.lengths)
         return returns[self.complete] if self.complete.any() else returns
 
     @property
+    def mean_return(self) -> float | None:
+        """None where a third of the ends or more is unmarked: the rows are pieces of episodes then."""
+        return float(self.returns.mean()) if self.complete.sum() > 2 * (~self.complete[:-1]).sum() else None
+
+    @cached_property
     def fingerprint(self) -> str:
         """sha256 of what was loaded, whatever file it came from and however that was read."""
-        digest = hashlib.sha256(self.simulator.encode())
+        digest = hashlib.sha256(repr(self.spec).encode())
         for name in self.ARRAYS:
-            digest.update(np.ascontiguousarray(getattr(self, name)).data)
+            array = getattr(self, name)
+            digest.update(b"" if array is None else np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
     def facts(self) -> dict:
         """What was really loaded, for the console and args.json."""
-        return {
-            "env_id": self.env_id,
-            "source": self.source,
-            "path": self.path,
-            "sha256": self.sha256,
-            "fingerprint": self.fingerprint,
-            "note": self.note,
+        told = ("env_id", "source", "path", "sha256", "fingerprint", "note", "mean_return", "robot", "physics")
+        return {name: getattr(self, name) for name in told} | {
             "episodes": len(self.lengths),
             "complete_episodes": int(self.complete.sum()),
             "steps": len(self.reward),
-            "mean_return": float(self.returns.mean()),
-            "std_return": float(self.returns.std()),
-            "robot": self.robot,
-            "simulator": self.simulator,
-            "physics": self.physics,
+            "std_return": None if self.mean_return is None else float(self.returns.std()),
+            "simulator": described(self.spec),
         }
 
 
@@ -152,27 +154,39 @@ def load_dataset(env_id: str, data_path: Path | None = None) -> OfflineDataset:
     """The data that env_id names: a D4RL name, local/ROBOT/QUALITY-v0, or any other Minari id.
 
     data_path reads that file in D4RL's HDF5 layout instead of the published one. UserError says what is wrong with a
-    name, a file or the network; nothing is ever substituted silently.
+    name, a file or the network, a printed warning what is odd; nothing is ever substituted silently.
     """
-    if data_path is not None and env_id not in D4RL_NAMES:
-        raise UserError(f"--data-path goes with a D4RL name such as hopper-medium-v2, not with --env-id {env_id}")
     if env_id in D4RL_NAMES:
-        dataset = _load_d4rl(env_id, data_path)
-    elif env_id in LOCAL_NAMES:
-        if not (_minari_root() / env_id / "data").exists():
-            _make_local(env_id)
-        dataset = _load_minari(env_id)
-        dataset.source, dataset.physics = "local data set (shipped policies, not D4RL)", "d4rl"
-    elif re.fullmatch(r"[\w-]+(/[\w-]+)+-v\d+", env_id) and not env_id.startswith("local/"):  # no dots: no way out
-        dataset = _load_minari(env_id)
+        return _load_d4rl(env_id, data_path)
+    if data_path is not None:
+        raise UserError(f"--data-path goes with a D4RL name such as hopper-medium-v2, not with --env-id {env_id}")
+    is_id = re.fullmatch(r"[\w-]+(/[\w-]+)*-v\d+", env_id)  # no dots: no way out of the root
+    if is_id and os.path.exists(minari_root() / env_id / "data"):
+        return _load_minari(env_id)
+    if env_id in LOCAL_NAMES:
+        _make_local(env_id)
+    elif is_id and "/" in env_id and not env_id.startswith("local/"):
+        _download_minari(env_id)
+    elif re.fullmatch(OTHER_D4RL, env_id):
+        raise UserError(
+            f"{env_id}: of D4RL's own files, {', '.join(ROBOTS)} -v2 are read here; Minari has other tasks, as in "
+            "--env-id D4RL/pen/human-v2, and docs/data.md flattens Dict observations in ten lines"
+        )
     else:
         raise UserError(f"unknown --env-id {env_id!r}; {_nearest(env_id)}")
-    return dataset
+    return _load_minari(env_id)
 
 
 def _nearest(env_id: str) -> str:
     found = difflib.get_close_matches(env_id, D4RL_NAMES + LOCAL_NAMES, n=3, cutoff=0.5)
     return f"nearest known: {', '.join(found or ['hopper-medium-v2', 'local/hopper/medium-v0'])}; or any Minari id"
+
+
+def _folder(variable: str, usual: str) -> Path:
+    try:
+        return Path(os.environ.get(variable) or Path.home() / usual)
+    except RuntimeError:
+        raise UserError(f"there is no home directory to find {usual} in; set {variable} to a folder")
 
 
 # ---- D4RL files
@@ -181,171 +195,116 @@ def _nearest(env_id: str) -> str:
 def _load_d4rl(env_id: str, data_path: Path | None) -> OfflineDataset:
     robot, quality = env_id.removesuffix("-v2").split("-", 1)
     name = f"{robot}_{quality.replace('-', '_')}-v2.hdf5"
-    folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
-    path = data_path or folder / name
-    if data_path is not None and not path.is_file():
-        raise UserError(f"--data-path {path} does not exist; give a file in D4RL's HDF5 layout")
-    if not path.is_file():
-        _download(env_id, name, path)
-    simulator, obs_dim, action_dim = ROBOTS[robot]
-    arrays, sha256 = _cached(path, _read_d4rl)
-    dataset = OfflineDataset(
-        env_id, "D4RL file", str(path), sha256, simulator, {}, "d4rl", "", **_checked(path, arrays, obs_dim, action_dim)
-    )
-    found = (int(dataset.complete.sum()), int(arrays["flagged_steps"]), float(arrays["flagged_return"]))
-    dataset.note = _compare_with_published(env_id, found, sha256)
+    path = data_path or Path(os.path.expanduser(_folder("D4RL_DATASET_DIR", ".d4rl/datasets"))) / name
+    if not os.path.isfile(path):
+        if data_path is not None:
+            raise UserError(f"--data-path {path} is no file; give one in D4RL's HDF5 layout")
+        _download(env_id, path)
+    with _reading(path, "write or copy it again" if data_path else "delete it to download again"):
+        with _open(path) as file:
+            missing = [key for key in D4RL_KEYS if key not in file]
+            if missing:
+                raise UserError(f"{path} has no {', '.join(missing)}; D4RL's layout needs {', '.join(D4RL_KEYS)}")
+            columns = {key: _array(file, key) for key in D4RL_KEYS}
+        facts = {"env_id": env_id, "source": "D4RL file", "path": str(path), "sha256": sha256_of(path)}
+    if len({array.shape[:1] for array in columns.values()}) > 1 or not columns["rewards"].size:
+        shapes = {key: array.shape for key, array in columns.items()}
+        raise UserError(f"{path}: arrays of unequal or zero length {shapes}; every key needs one row per step")
+    dataset = _checked(facts | {"spec": gym.registry[ROBOTS[robot]], "physics": "d4rl"}, columns)
+    dataset.note = _compare_with_published(dataset)
     if dataset.note.startswith("not the published") and data_path is None:
         raise UserError(f"{path}: {dataset.note}; delete it to download again, or use it knowingly with --data-path")
     return dataset
 
 
-def _compare_with_published(env_id: str, found: tuple, sha256: str) -> str:
-    """found: episodes, steps, mean return up to the last flag. One sentence; "not the published ..." if they differ."""
-    if env_id not in KNOWN:
-        return f"no counts are known for the published {env_id} file"
-    (episodes, steps, mean), _, pinned = KNOWN[env_id]
-    if pinned and sha256 == pinned:
-        return f"the published {env_id} file (sha256 as pinned)"
+def _compare_with_published(dataset: OfflineDataset) -> str:
+    """One sentence; "not the published ..." if episodes, steps or mean return up to the last flag differ."""
+    if dataset.env_id not in KNOWN:
+        return f"no counts are known for the published {dataset.env_id} file"
+    (episodes, steps, mean), _, pinned = KNOWN[dataset.env_id]
+    if pinned and dataset.sha256 == pinned:
+        return f"the published {dataset.env_id} file (sha256 as pinned)"
+    flagged = dataset.last[dataset.complete]
+    rows = int(flagged[-1]) + 1 if len(flagged) else 0
+    found = len(flagged), rows, dataset.reward[:rows].sum(dtype=np.float64) / max(len(flagged), 1)
     if found[:2] == (episodes, steps) and abs(found[2] - mean) <= 0.011:
-        hint = f", though its sha256 is {sha256} and users have pinned {pinned}" if pinned else ""
-        return f"counts and mean return are those of the published {env_id} file{hint}"
+        hint = f", though its sha256 is {dataset.sha256} and users have pinned {pinned}" if pinned else ""
+        return f"counts and mean return are those of the published {dataset.env_id} file{hint}"
     return (
-        f"not the published {env_id} file: {found[0]:,} episodes, {found[1]:,} steps, mean return {found[2]:.2f} here, "
-        f"{episodes:,}, {steps:,} and {mean:.2f} there"
+        f"not the published {dataset.env_id} file: {found[0]:,} episodes, {found[1]:,} steps, mean return "
+        f"{found[2]:.2f} here, {episodes:,}, {steps:,} and {mean:.2f} there"
     )
 
 
-def _read_d4rl(path: Path) -> dict[str, np.ndarray]:
-    """Arrays of a file in D4RL's HDF5 layout; UserError if it is damaged or a key is missing."""
-    try:
-        with h5py.File(path) as file:
-            missing = [key for key in D4RL_KEYS if key not in file]
-            if missing:
-                raise UserError(f"{path} has no {', '.join(missing)}; D4RL's layout needs {', '.join(D4RL_KEYS)}")
-            arrays = {key: file[key][:] for key in D4RL_KEYS}
-        shapes = {key: array.shape for key, array in arrays.items()}
-        obs, action, reward, next_obs = (np.asarray(arrays[key], np.float32) for key in D4RL_KEYS[:4])
-        terminated, timeouts = (arrays[key].astype(bool) for key in D4RL_KEYS[4:])
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:  # h5py raises all of these
-        why = _why(error)
-        raise UserError(f"{path} cannot be read as HDF5 ({why}): damaged or cut short; delete it and get it again")
-    if len({len(array) for array in arrays.values()}) != 1 or len(obs) == 0:
-        raise UserError(f"{path}: arrays of unequal or zero length {shapes}; every key needs one row per step")
-    columns = (reward, terminated, timeouts)
-    if obs.ndim != 2 or next_obs.shape != obs.shape or any(column.size != len(obs) for column in columns):
-        raise UserError(f"{path}: wrong shapes {shapes}; one row per step, and one number for a reward or a flag")
-    reward, terminated, timeouts = (column.reshape(-1) for column in columns)  # from (N,) or (N, 1)
-    flagged = terminated | timeouts
-    # An episode ends at a fall, a marked time-out, an unmarked one (the next row starts elsewhere), or the file's end.
-    ends = flagged.copy()
-    ends[:-1] |= (next_obs[:-1] != obs[1:]).any(axis=1)
-    ends[-1] = True
-    rows = np.flatnonzero(ends)
-    last_flag = int(np.flatnonzero(flagged)[-1]) + 1 if flagged.any() else 0
-    return {
-        "obs": obs,
-        "action": action,
-        "reward": reward,
-        "next_obs": next_obs,
-        "terminated": terminated,
-        "lengths": np.diff(rows, prepend=-1),
-        "complete": flagged[rows],
-        "flagged_steps": np.array(last_flag),
-        "flagged_return": np.array(reward[:last_flag].sum(dtype=np.float64) / max(flagged.sum(), 1)),
-    }
-
-
-def _download(env_id: str, name: str, path: Path) -> None:
-    """Fetch a published file to path: whichever location answers, resumed when cut, renamed when whole."""
-    part = path.with_name(name + ".part")
-    size, pinned = KNOWN.get(env_id, (None, None, None))[1:]
+def _download(env_id: str, path: Path) -> None:
+    """Fetch a published file to path: from the first location that has it, resumed when cut, renamed when whole."""
+    part, (size, pinned) = path.with_name(path.name + ".part"), KNOWN.get(env_id, (None, None, None))[1:]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(name + ".lock")):
-            if path.is_file():  # another process fetched it meanwhile
+        with locked(path, lambda: print(f"another process downloads {path}; waiting for it")):
+            if path.is_file():
                 return
-            for _ in range(5):  # each attempt goes on where the one before was cut
-                if _fetch(name, part, path):
-                    break
-            else:
-                raise UserError(f"{part}: cut short five times; the same command goes on from here")
-            sha256 = _sha256(part)
+            _fetch(path, part)
+            sha256 = sha256_of(part)
             if (size and part.stat().st_size != size) or (pinned and sha256 != pinned):
-                rejected = path.with_name(name + ".rejected")
-                os.replace(part, rejected)
+                rejected = part.replace(path.with_name(path.name + ".rejected"))
                 raise UserError(
                     f"{rejected}: sha256 {sha256} ({rejected.stat().st_size} bytes), but users have pinned {pinned} "
                     f"({size or 'unknown'} bytes); delete it to download again, or use it with --data-path {rejected}"
                 )
-            os.replace(part, path)
+            part.replace(path)
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error}); set D4RL_DATASET_DIR to a folder with space")
+        raise UserError(f"cannot write {path} ({one_line(error)}); set D4RL_DATASET_DIR to a folder with space")
 
 
-def _fetch(name: str, part: Path, path: Path) -> bool:
-    """One attempt to complete `part`; true when it holds every byte that the server announced."""
-    have = part.stat().st_size if part.exists() else 0
-    response, reasons = _first_answer([f"{location}/{name}" for location in D4RL_LOCATIONS], have)
-    if response is None and have and "HTTP 416" in reasons.values():
-        part.unlink()  # already whole, or a part of something else: only a new start can tell
-        return False
-    if response is None:
-        raise UserError(
-            f"{name} is not at {path} and cannot be downloaded ("
-            + "; ".join(f"{url}: {reason}" for url, reason in reasons.items())
-            + f"); put the file there, name one with --data-path, or use --env-id local/{name.split('_')[0]}/medium-v0"
-        )
-    resumed = response.status == 206
-    total = int(response.headers.get("Content-Length", 0)) + have * resumed
-    if total > MAX_FILE_BYTES:
-        raise UserError(f"{response.url} announces {total} bytes, more than the {MAX_FILE_BYTES} of any known file")
-    progress = tqdm(total=total or None, initial=have * resumed, unit="B", unit_scale=True, desc=name)
-    with response, progress, open(part, "ab" if resumed else "wb") as file:
-        while file.tell() <= MAX_FILE_BYTES:
+def _fetch(path: Path, part: Path) -> None:
+    from huggingface_hub.file_download import http_get  # slow to import; serves any address, not only the hub's
+
+    answers = _ask([f"{location}/{path.name}" for location in D4RL_LOCATIONS])
+    for url, size in answers.items():
+        if isinstance(size, int) and not 0 < size <= MAX_FILE_BYTES:
+            answers[url] = f"announces {size} bytes, and no known file has more than {MAX_FILE_BYTES}"
+        elif isinstance(size, int):
+            if part.exists() and part.stat().st_size > size:
+                part.unlink()  # of something else
             try:
-                chunk = response.read(2**18)
-            except (OSError, http.client.HTTPException):
-                return False  # cut: what has come is kept
-            if not chunk:
-                break
-            file.write(chunk)
-            progress.update(len(chunk))
-        return file.tell() >= total
+                with open(part, "ab") as file:
+                    return http_get(url, file, resume_size=file.tell(), expected_size=size)
+            except Exception as error:  # the client has types of its own, and not only OSError
+                answers[url] = one_line(error)
+    raise UserError(
+        f"{path.name} is not at {path} and cannot be downloaded ("
+        + "; ".join(f"{url}: {reason}" for url, reason in answers.items())
+        + f"); put it there, name one with --data-path, or use --env-id local/{path.name.split('_')[0]}/medium-v0"
+    )
 
 
-def _first_answer(urls: list[str], start: int):
-    """The first successful response among urls within CONNECT_SECONDS, else None; and why each other one failed."""
-    answers: queue.Queue = queue.Queue()
+def _ask(urls: list[str]) -> dict[str, int | str]:
+    """The bytes that each url announces, or why it has no answer within CONNECT_SECONDS; all are asked at once."""
+    answers: dict[str, int | str] = dict.fromkeys(urls, f"no answer within {CONNECT_SECONDS} s")
 
     def ask(url: str) -> None:
         try:
-            headers = {"Range": f"bytes={start}-"} if start else {}
-            answers.put((url, urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30), ""))
-        except urllib.error.HTTPError as error:
-            answers.put((url, None, f"HTTP {error.code}"))
+            with urllib.request.urlopen(url, timeout=CONNECT_SECONDS) as response:
+                answers[url] = int(response.headers["Content-Length"] or 0)
         except (OSError, ValueError, http.client.HTTPException) as error:
-            answers.put((url, None, f"no connection, {_why(error)}"))
+            answers[url] = one_line(error)
 
-    for url in urls:
-        threading.Thread(target=ask, args=(url,), daemon=True).start()
-    reasons = dict.fromkeys(urls, f"no answer within {CONNECT_SECONDS} s")
+    threads = [threading.Thread(target=ask, args=(url,), daemon=True) for url in urls]  # to look up a name may hang
     deadline = time.monotonic() + CONNECT_SECONDS
-    for _ in urls:
-        try:
-            url, response, reason = answers.get(timeout=max(0.0, deadline - time.monotonic()))
-        except queue.Empty:
-            break
-        if response is not None:
-            return response, {}
-        reasons[url] = reason
-    return None, reasons
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    return dict(answers)
 
 
 # ---- Minari data sets, remote ones and those made here
 
 
-def _minari_root() -> Path:
-    return Path(os.environ.get("MINARI_DATASETS_PATH", Path.home() / ".minari/datasets"))  # as Minari reads it
+def minari_root() -> Path:
+    """Where Minari keeps its sets: this asks for the same variable and folder as Minari does."""
+    return _folder("MINARI_DATASETS_PATH", ".minari/datasets")
 
 
 def _make_local(env_id: str) -> None:
@@ -355,162 +314,283 @@ def _make_local(env_id: str) -> None:
         sys.exit(code if code > 0 else 130)  # collect.py has said why, in one line, or got a signal as we did
 
 
+def _download_minari(env_id: str) -> None:
+    import minari
+
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    (answer,) = _ask([hub]).values()
+    try:
+        if not isinstance(answer, int) and not answer.startswith("HTTP Error"):
+            raise ConnectionError(f"{hub}: {answer}")
+        minari.download_dataset(env_id)
+    except Exception as error:  # the client has types of its own, and not only OSError
+        why = f"{env_id} is not in {minari_root() / env_id} and cannot be downloaded ({one_line(error)})"
+        raise UserError(f"{why}; {_nearest(env_id)}")
+
+
 def _load_minari(env_id: str) -> OfflineDataset:
     import minari  # slow to import, and D4RL files do not need it
 
-    folder = _minari_root() / env_id
-    try:
-        if not (folder / "data").exists():
-            _download_minari(env_id, folder)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # v4 simulators announce their successor
-            stored = minari.load_dataset(env_id)
-        spec, spaces = stored.env_spec, (stored.observation_space, stored.action_space)
-        if spec is None or not all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces):
+    path, is_local = minari_root() / env_id, env_id in LOCAL_NAMES
+    again = "delete the folder, and the same command makes it again" if is_local else "write or download it again"
+    with _reading(path, again), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # v4 simulators announce their successor
+        stored = minari.load_dataset(env_id)
+        metadata = stored.storage.metadata
+        if stored.storage.FORMAT != "hdf5":
+            raise UserError(f"{path} is in Minari's {stored.storage.FORMAT} format; store it with data_format='hdf5'")
+        if stored.env_spec is None:
+            raise UserError(f"{path} names no environment to score in; store it with env=..., as docs/data.md does")
+        for space, what in ((stored.observation_space, "observations"), (stored.action_space, "actions")):
+            if not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
+                raise UserError(
+                    f"{path} has {what} of {type(space).__name__}{space.shape or ''}; flat Boxes are needed: ten lines "
+                    "in docs/data.md store Dict, Tuple or image observations anew through gymnasium's FlattenObservation; "
+                    "discrete actions are not for these methods"
+                )
+        main = path / "data" / "main_data.hdf5"
+        with _open(main) as file:
+            columns, parted = _read_episodes(path, file, stored.episode_indices)
+        facts = {"env_id": env_id, "path": str(path), "sha256": sha256_of(main), "spec": plain(stored.env_spec)}
+    is_d4rl = metadata.get("physics") == "d4rl" and facts["spec"].version == 4 and robot_of(facts["spec"])
+    facts["source"] = "local data set (shipped policies, not D4RL)" if is_local else "Minari data set"
+    facts["physics"] = "d4rl" if is_d4rl or is_local else "stock"
+    return _checked(facts, columns, parted, stored.action_space, metadata.get("requirements", ()))
+
+
+def _read_episodes(path: Path, file: h5py.File, indices) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """A Minari file's rows as D4RL's columns, and bool [N]: where a stored episode ends."""
+    episodes = []
+    for i in indices:
+        obs, action, *rest = (_array(file, f"episode_{i}/{key}") for key in MINARI_KEYS)
+        if len(obs) != len(action) + 1 or any(column.size != len(action) for column in rest):  # Minari checks no shapes
             raise UserError(
-                f"{env_id} needs flat Box observations and actions and a named simulator; "
-                f"it has {[f'{type(space).__name__} {space.shape}' for space in spaces]}, {spec and spec.id}"
+                f"{path}: episode {i} has {len(obs)} observations, {len(action)} actions and rewards and flags "
+                f"{[column.shape for column in rest]}; T actions need T + 1 observations, T rewards and T flags"
             )
-        arrays, sha256 = _cached(folder / "data" / "main_data.hdf5", lambda _: _read_minari(stored))
-    except (ValueError, OSError, KeyError, TypeError, AssertionError, RuntimeError) as error:
-        raise UserError(
-            f"cannot read Minari data set {env_id} in {folder} ({_why(error)}); "
-            "it must be whole and in Minari's hdf5 format: delete a cut one and try again"
-        )
-    checked = _checked(folder, arrays, *(space.shape[0] for space in spaces))
-    kwargs = dict(spec.kwargs) | ({"max_episode_steps": spec.max_episode_steps} if spec.max_episode_steps else {})
-    made_with = stored.storage.metadata.get("physics")  # told by data sets that were made here
-    physics = "d4rl" if made_with == "d4rl" and spec.id in [simulator for simulator, *_ in ROBOTS.values()] else "stock"
-    return OfflineDataset(env_id, "Minari data set", str(folder), sha256, spec.id, kwargs, physics, "", **checked)
-
-
-def _download_minari(env_id: str, folder: Path) -> None:
-    import minari
-
-    response, reasons = _first_answer(["https://huggingface.co"], 0)
-    if response is None:
-        raise UserError(
-            f"{env_id} is not in {folder} and cannot be downloaded ({reasons['https://huggingface.co']}); "
-            + _nearest(env_id)
-        )
-    try:
-        minari.download_dataset(env_id)
-    except Exception as error:  # the hub client raises types of its own, and not only OSError
-        raise UserError(f"cannot download Minari data set {env_id} ({_why(error)}); {_nearest(env_id)}")
-
-
-def _read_minari(stored) -> dict[str, np.ndarray]:
-    episodes = [
-        (e.observations, e.actions, e.rewards, e.terminations, e.truncations) for e in stored.iterate_episodes()
-    ]
+        if len(action):
+            episodes.append((obs[:-1], action, rest[0].reshape(-1), obs[1:], *(flag.reshape(-1) for flag in rest[1:])))
     if not episodes:
-        raise UserError(
-            f"Minari data set {stored.id} holds no episode (its writing was cut); delete it and make it again"
-        )
-    for i, (o, a, *columns) in enumerate(episodes):  # Minari itself checks no shapes
-        if not len(o) - 1 == len(a) > 0 or any(column.shape != (len(a),) for column in columns):
-            raise UserError(
-                f"Minari data set {stored.id}: episode {i} has {len(o)} observations, {len(a)} actions and rewards and "
-                f"flags {[c.shape for c in columns]}; T actions need T + 1 observations, T rewards and T flags"
-            )
-    obs, action, reward, terminations, truncations = zip(*episodes, strict=True)
-    return {
-        "obs": np.concatenate([o[:-1] for o in obs]).astype(np.float32),
-        "action": np.concatenate(action).astype(np.float32),
-        "reward": np.concatenate(reward).astype(np.float32),
-        "next_obs": np.concatenate([o[1:] for o in obs]).astype(np.float32),
-        "terminated": np.concatenate(terminations).astype(bool),
-        "lengths": np.array([len(r) for r in reward]),
-        "complete": np.array([bool(t[-1] or c[-1]) for t, c in zip(terminations, truncations, strict=True)]),
-    }
+        raise UserError(f"{path} holds no episode (its writing was cut); make it again")
+    if len(episodes) < len(indices):
+        warn(f"{len(indices) - len(episodes):,} of {len(indices):,} episodes have no step: left out")
+    columns = {key: np.concatenate(parts) for key, parts in zip(D4RL_KEYS, zip(*episodes, strict=True), strict=True)}
+    parted = np.zeros(len(columns["rewards"]), bool)
+    parted[np.cumsum([len(episode[1]) for episode in episodes]) - 1] = True
+    return columns, parted
 
 
-# ---- For every source
+# ---- Files that cannot be read
 
 
-def _checked(path: Path, arrays: dict, obs_dim: int, action_dim: int) -> dict[str, np.ndarray]:
-    """The arrays of an OfflineDataset, or UserError for values that no learner should see."""
-    arrays = {key: arrays[key] for key in OfflineDataset.ARRAYS}
-    for key, dim in (("obs", obs_dim), ("next_obs", obs_dim), ("action", action_dim)):
-        if arrays[key].ndim != 2 or arrays[key].shape[1] != dim:
-            raise UserError(f"{path}: {key} has shape {arrays[key].shape}, but the simulator has {dim} dimensions")
-    for key in ("obs", "next_obs", "action", "reward"):
-        bad = ~np.isfinite(arrays[key])
-        if bad.any():
-            row = int(np.argwhere(bad)[0, 0])
-            raise UserError(f"{path}: {key} holds NaN or infinity, first in row {row}; drop such rows from the file")
-    largest = float(np.abs(arrays["action"]).max())
-    if largest > 1 + 1e-4:
-        raise UserError(f"{path}: an action of {largest:.4g} lies outside [-1, 1]; rescale actions to that range")
-    arrays["action"] = arrays["action"].clip(-1, 1)
-    return arrays
-
-
-def _cached(path: Path, read) -> tuple[dict[str, np.ndarray], str]:
-    """read(path), kept as a flat npz so that the second start is fast; and the sha256 of path.
-
-    The npz is used only for the same path, size and time of change, and only if its own sha256 file agrees. Of several
-    processes one reads and writes, the others wait and have the npz.
-    """
-    stat = path.stat()
-    key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} 2".encode()).hexdigest()[:24]
-    flat = Path(os.environ.get("DAWM_CACHE_DIR", "~/.cache/dawm")).expanduser() / f"{key}.npz"
+def _open(path: Path) -> h5py.File:
     try:
-        flat.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{flat}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            print(f"another process is reading {path}; waiting for it")
-            lock.acquire()
+        return h5py.File(path)
     except OSError as error:
-        print(f"note: no data cache at {flat.parent} ({error}); the next start reads {path} again")
-        return read(path), _sha256(path)
+        if error.errno not in NO_LOCKS:
+            raise
+        return h5py.File(path, locking=False)  # it is only read
+
+
+def _array(file: h5py.File, key: str) -> np.ndarray:
+    if not isinstance(file[key], h5py.Dataset):
+        raise UserError(f"{file.filename}: {key} is a group where an array should be; store the array by this name")
+    return np.atleast_1d(file[key][()])
+
+
+@contextmanager
+def _reading(path: Path, again: str):
+    """UserError with the true cause if `path` cannot be read; `again` is the way out of damage."""
     try:
-        try:
-            if flat.with_suffix(".sha256").read_bytes() == _sha256(flat).encode():
-                with np.load(flat, allow_pickle=False) as stored:
-                    arrays = dict(stored)
-                    return arrays, str(arrays.pop("source"))
-            print(f"note: {flat} is damaged (its sha256 is not that beside it); {path} is read again")
-        except FileNotFoundError:
-            pass  # no cache yet
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-            print(f"note: {flat} is no cache of this code; {path} is read again")
-        arrays, sha256 = read(path), _sha256(path)
-        try:
-            _write_cache(flat, arrays, sha256)
-        except OSError as error:
-            print(f"note: no data cache at {flat.parent} ({error}); the next start reads {path} again")
-        return arrays, sha256
-    finally:
-        lock.release()
+        yield
+    except (*UNREADABLE, gym.error.Error) as error:
+        words = one_line(error)
+        if isinstance(error, BlockingIOError):
+            why = "is being written by another process: wait for it, or stop it"
+        elif isinstance(error, PermissionError):
+            why = f"may not be read by this user ({words}): look with ls -l, then chmod u+r or ask its owner"
+        elif "filter" in words or "plugin" in words:
+            why = f"is compressed by a filter that is missing here ({words}): repack it with gzip (h5repack -f GZIP=4)"
+        elif isinstance(error, MemoryError):
+            why = f"does not fit into memory ({words})"
+        elif isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+            why = f"cannot be read ({words})"
+        else:
+            why = f"cannot be read ({words}): damaged or cut short; {again}"
+        raise UserError(f"{path} {why}")
 
 
-def _write_cache(flat: Path, arrays: dict, source: str) -> None:
-    """The npz, with its source's sha256 in it, and then its own beside it: each whole or not at all."""
-    for left in flat.parent.glob(f"{flat.stem}.*[0-9]"):  # of a process that was killed while it wrote
-        if left.suffix[1:].isdigit():
-            left.unlink()
-    temporary = flat.with_suffix(f".{os.getpid()}")
+# ---- For every source: what the data say of themselves, against their rows
+
+
+def warn(text: str) -> None:
+    print(f"{'warning':<16} {text}")
+
+
+def _checked(facts: dict, columns: dict, parted=None, stored_box=None, requirements=()) -> OfflineDataset:
+    """An OfflineDataset of D4RL's columns, or UserError for values that no learner should see; warns of odd ones.
+
+    `parted` [N] bool: where the source itself ends episodes; None if its flags and its rows must tell.
+    """
+    path, spec = facts["path"], facts["spec"]
     try:
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays, source=np.array(source))
-            file.flush()
-            os.fsync(file.fileno())
-        sha256 = _sha256(temporary)
-        os.replace(temporary, flat)
-        temporary.write_text(sha256)
-        os.replace(temporary, flat.with_suffix(".sha256"))
-    finally:
-        temporary.unlink(missing_ok=True)
+        env = make_env(spec)
+    except UserError as error:
+        needs = f" (the set asks for {', '.join(requirements)})" if requirements else ""
+        raise UserError(
+            f"{path}: {error}; install what is missing{needs}; a wrapper can be made again if it can be imported and "
+            "inherits gymnasium.utils.RecordConstructorArgs: else record the set without it"
+        )
+    obs, action, reward, next_obs = (_numbers(path, key, columns[key]) for key in D4RL_KEYS[:4])
+    terminated, timeouts = (_flags(path, key, columns[key]) for key in D4RL_KEYS[4:])
+    reward = reward.reshape(-1)
+    if next_obs.shape != obs.shape or not len(obs) == len(reward) == len(terminated) == len(timeouts):
+        shapes = {key: array.shape for key, array in columns.items()}
+        raise UserError(f"{path}: wrong shapes {shapes}; one row per step, and one number for a reward or a flag")
+    for array, space, what in ((obs, env.observation_space, "observations"), (action, env.action_space, "actions")):
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or array.shape[1:] != space.shape:
+            raise UserError(
+                f"{path} has {what} of shape {array.shape}, but those of its environment {described(spec)} are "
+                f"{type(space).__name__} {space.shape}: record in the environment that the set names, wrappers included"
+            )
+    box = env.action_space
+    if stored_box and not (np.allclose(stored_box.low, box.low) and np.allclose(stored_box.high, box.high)):
+        raise UserError(
+            f"{path} has actions in {_told(stored_box.low, stored_box.high)}, but its environment {described(spec)} "
+            f"takes {_told(box.low, box.high)}: record through gymnasium.wrappers.RescaleAction, or mend the metadata"
+        )
+    usual = gym.registry.get(spec.id)
+    if usual and usual.entry_point != spec.entry_point:
+        warn(f"the set makes {spec.id} from {spec.entry_point}, which is not what gymnasium has under this name")
+    low, high = _bounds(action, box)
+    action = from_box(action, low, high)
+    if (largest := float(np.abs(action).max())) > 1 + 1e-4:  # float32 rounding of a tanh policy is let pass
+        row, i = np.argwhere(np.abs(action) == largest)[0]
+        raise UserError(
+            f"{path}: an action of {columns['actions'][row, i]:.4g} lies outside {_told(low, high)}; rescale actions "
+            "to that range, or clip them if the simulator did"
+        )
+    # An episode ends at a flag, where the source parts it, at an unmarked time-out (the next row starts elsewhere), or
+    # with the file.
+    flagged = terminated | timeouts
+    ends = flagged.copy() if parted is None else flagged | parted
+    if parted is None:
+        ends[:-1] |= (next_obs[:-1] != obs[1:]).any(axis=1)
+    ends[-1] = True
+    rows = np.flatnonzero(ends)
+    dataset = OfflineDataset(
+        **facts, note="", obs=obs, action=action.clip(-1, 1), reward=reward, next_obs=next_obs, terminated=terminated,
+        lengths=np.diff(rows, prepend=-1), complete=flagged[rows], action_low=low, action_high=high,
+    )  # fmt: skip
+    _judge(dataset, env)
+    env.close()
+    return dataset
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _numbers(path: str, name: str, array: np.ndarray) -> np.ndarray:
+    """As float32; UserError for anything but finite numbers, a warning where float32 loses what tells them apart."""
+    if array.dtype.kind not in "biuf":
+        raise UserError(f"{path}: {name} holds {array.dtype}, not numbers")
+    with np.errstate(over="ignore"):
+        narrow = np.asarray(array, np.float32)
+    if not np.isfinite(narrow).all():
+        row = int(np.argwhere(~np.isfinite(narrow))[0, 0])
+        raise UserError(f"{path}: {name} holds NaN or infinity, first in row {row}; drop such rows from the file")
+    if array.dtype.itemsize > 4:
+        flat = array.reshape(len(array), -1)
+        spread, step = np.ptp(flat, axis=0), np.spacing(np.abs(narrow).reshape(flat.shape).max(axis=0))
+        for i in np.flatnonzero((spread > 0) & (spread < 1000 * step))[:1]:
+            warn(
+                f"{name}: dimension {i} varies by {spread[i]:.3g} around {flat[0, i]:.6g}, where float32 has steps of "
+                f"{step[i]:.3g}: digits are lost; subtract the offset before storing"
+            )
+    return narrow
 
 
-def _why(error: Exception) -> str:
-    """The error's own words in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+def _flags(path: str, name: str, column: np.ndarray) -> np.ndarray:
+    odd = np.argwhere(~((column == 0) | (column == 1))) if column.dtype != bool else []
+    if len(odd):
+        raise UserError(f"{path}: {name} holds {column[tuple(odd[0])]}, first in row {odd[0][0]}; a flag is 0 or 1")
+    return column.astype(bool).reshape(-1)
+
+
+def _bounds(action: np.ndarray, box: gym.spaces.Box) -> tuple[np.ndarray, np.ndarray]:
+    """low, high [action_dim] of the Box; of the data where the Box has none."""
+    low, high = box.low.astype(np.float32), box.high.astype(np.float32)
+    if np.abs([low, high]).max() >= UNBOUNDED:
+        low = np.where(low > -UNBOUNDED, low, action.min(axis=0))
+        high = np.where(high < UNBOUNDED, high, action.max(axis=0))
+        warn(f"the environment sets its actions no bounds: the data's own, {_told(low, high)}, are those of policies")
+    return low, high
+
+
+def _told(low: np.ndarray, high: np.ndarray) -> str:
+    ends = (f"{x[0]:.4g}" if (x == x[0]).all() else f"({', '.join(f'{v:.4g}' for v in x)})" for x in (low, high))
+    return f"[{', '.join(ends)}]"
+
+
+def _judge(data: OfflineDataset, env: gym.Env) -> None:
+    """Find the fall rule, and warn once of each thing in which the rows contradict the simulator or themselves."""
+    name, last, limit, longest = described(data.spec), data.last, env.spec.max_episode_steps, int(data.lengths.max())
+    marked, unmarked = last[:-1][data.complete[:-1]], last[:-1][~data.complete[:-1]]
+    foreign = marked[(data.next_obs[marked] == data.obs[marked + 1]).all(axis=1)]
+    if len(foreign):
+        warn(
+            f"at {len(foreign):,} of {len(marked):,} marked ends the next state is that of the next row: either the "
+            "next episode's first state (a vector environment's auto reset: store the final observation instead) or "
+            "the episode goes on behind its flag; models learn these steps as they stand"
+        )
+    if data.mean_return is None:
+        jump = np.abs(data.next_obs[unmarked] - data.obs[unmarked + 1]).max(initial=0)
+        warn(
+            f"{(~data.complete).sum():,} episodes end without a flag and {data.complete.sum():,} with one; at the "
+            f"former the next row lies up to {jump:.3g} away: perhaps pieces of episodes, so their mean return is not "
+            "told, and no window or return-to-go goes beyond a piece"
+        )
+    if limit is None:
+        warn(f"{name} has no step limit: evaluation ends an episode after {longest:,} steps, the longest in the data")
+    elif longest > limit:
+        warn(
+            f"{(data.lengths > limit).sum():,} of {len(last):,} episodes are longer than {name}'s limit of {limit:,} "
+            f"steps (up to {longest:,}): their returns are not comparable with evaluations"
+        )
+    if learning := [x.name for x in data.spec.additional_wrappers if x.name in LEARNING]:
+        warn(
+            f"{', '.join(learning)} learns statistics that the set does not hold: every evaluation begins without any, "
+            "and shows a policy other numbers than the data"
+        )
+    _judge_falls(data, fall_rule(env), foreign, limit)
+
+
+def _judge_falls(data: OfflineDataset, rule: tuple | None, foreign: np.ndarray, limit: int | None) -> None:
+    """Keep the simulator's fall rule unless the rows contradict it; `foreign` rows do not show their own next state."""
+    name, longest = described(data.spec), data.lengths.max()
+    endless = rule is not None and np.isinf(rule).all()
+    if rule is not None:
+        low, high = rule
+        fallen, least, most = np.zeros(len(data.reward), bool), data.next_obs.min(), data.next_obs.max()
+        for i in np.flatnonzero((least <= low) | (most >= high)):
+            column = data.next_obs[:, i].copy()
+            fallen |= (column <= low[i]) | (column >= high[i])
+        differ = fallen != data.terminated
+        differ[foreign] &= endless
+        strays = max(0.01 * (fallen | data.terminated).sum(), 1e-5 * len(differ))  # as published files have
+        if differ.sum() <= (0 if endless else strays):
+            data.healthy_low, data.healthy_high = rule
+        elif endless:
+            warn(
+                f"{name} never ends an episode, but {differ.sum():,} rows ({differ.mean():.2%}) have a terminal flag: "
+                "learners take the return behind one as 0; mark time limits as timeouts"
+            )
+        else:
+            warn(
+                f"{name}'s fall rule and the terminal flags differ on {differ.sum():,} rows ({differ.mean():.2%}): the "
+                "rule is not used, and only the model's own sign ends a rollout"
+            )
+    ends = data.terminated[data.last][data.lengths == longest]
+    common = len(ends) > max(1, 0.1 * len(data.lengths)) or longest == limit
+    if data.healthy_low is None and not endless and common and ends.all():
+        warn(
+            f"all {len(ends):,} episodes of the greatest length, {longest:,} steps, end with a terminal flag: learners "
+            "take the return behind one as 0; if it is a time limit, mark it as a timeout"
+        )

@@ -1,7 +1,7 @@
-"""Does asking DD for more return give more? Plans and episodes for five targets, Hopper, laptop scale.
+"""Does asking Decision Diffuser for more return give more? Plans and episodes for five targets, Hopper, laptop scale.
 
-    python experiments/dd_guidance.py                   # seeds of dd_baseline.py; trains what is not kept
-    python experiments/dd_guidance.py --env-id local/hopper/medium-v0 --out docs/dd_guidance_medium
+    python experiments/dd_guidance.py              # table and docs/dd_guidance.png from dd_guidance.json beside it
+    python experiments/dd_guidance.py --measure    # that file anew: half an hour on one core; kept models are found
 
 The targets are percentiles of the data's return-to-go labels, over all states. (Over first states they hardly differ:
 discounting ends within any episode.) For each:
@@ -11,143 +11,107 @@ discounting ends within any episode.) For each:
   counts until its first fallen state. Told is what the sum over a plan gains against the lowest target, for three
   guidance scales, and its standard error over plans.
 * episodes: what the planner reaches in the simulator, from equal start states with equal noise.
-
-Prints a table, writes OUT.json and OUT.png.
 """
 
 import argparse
 import json
-import statistics
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from true_dynamics import simulate
+from matplotlib.figure import Figure
 
-from common.data import load_dataset
-from common.evaluation import Evaluator
-from common.run import Run
-from dawm_td3bc import has_fallen
-from dd_baseline import (
-    LAPTOP,
-    Args,
-    Planner,
-    Windows,
-    measure_plans,
-    sample_plans,
-    standard_normal,
-    train_decision_diffuser,
-)
+from baselines.decision_diffuser import LAPTOP, Args, Planner, main, sample_plans
+from common.evaluation import Stepper
+from common.files import write_text
 
-PERCENTILES = (10, 30, 50, 70, 90)
+ENV_ID, SEEDS, PERCENTILES = "local/hopper/medium-expert-v0", (0, 1), (10, 30, 50, 70, 90)
 SCALES = (1.2, 3.0, 6.0)  # of guidance; episodes are run with the first
+RESULTS = Path(__file__).with_suffix(".json")
+PICTURE = RESULTS.parent.parent / "docs" / "dd_guidance.png"
 
 
-def plan_rewards(args: Args, model, first: torch.Tensor, target: float) -> np.ndarray:
+def plan_rewards(parts, stepper: Stepper, first: torch.Tensor, target: float, scale: float) -> np.ndarray:
     """Sum of the simulator's rewards along one plan from each of the states first [B, obs_dim], normalised -> [B]."""
-    noises = standard_normal((len(first), args.plan_horizon, first.shape[1]), first.device, seed=args.seed)
-    plans = sample_plans(args, model, first, torch.full((len(first), 1), target, device=first.device), noises)
+    args, shape = replace(parts.args, guidance_scale=scale), (len(first), parts.args.plan_horizon, first.shape[1])
+    torch.manual_seed(args.seed)
+    plans = sample_plans(args, parts.model, first, torch.full((len(first), 1), target), lambda: torch.randn(shape))
     with torch.no_grad():
-        action = model.inverse_dynamics(plans[:, :-1], plans[:, 1:]).clamp(-1, 1)
-    obs = model.obs_units.denormalize(plans)
-    stands = (~has_fallen("hopper", obs[:, :-1])).cumprod(1).cpu().numpy()
-    _, reward = simulate(obs[:, :-1].flatten(0, 1).cpu().numpy(), action.flatten(0, 1).cpu().numpy())
-    return (reward.reshape(stands.shape) * stands).sum(1)
+        action = parts.model.inverse_dynamics(plans[:, :-1], plans[:, 1:]).flatten(0, 1).numpy()
+    obs = parts.model.units.denormalize(plans)[:, :-1].flatten(0, 1).numpy()
+    low, high = parts.dataset.healthy_low, parts.dataset.healthy_high
+    stands = ((obs > low) & (obs < high)).all(1).reshape(len(first), -1).cumprod(1)
+    return (stepper(obs, action)[1].reshape(stands.shape) * stands).sum(1)
 
 
-def measure(seed: int, options) -> list[dict]:
-    args = replace(Args(**{**asdict(Args()), **LAPTOP}), env_id=options.env_id, laptop=True, seed=seed)
-    args.physics, args.exp_name, args.run_dir = "d4rl", "dd_guidance", options.run_dir
-    dataset, run = load_dataset(args.env_id), Run(args)
-    windows = Windows(args, dataset, run.device)
-    run.describe(dataset.facts(), return_scale=windows.return_scale)
-    model = train_decision_diffuser(args, windows, run)
-    measure_plans(args, model, windows, run)
-    targets = np.percentile(windows.return_to_go.cpu().numpy(), PERCENTILES)
-    index = windows.fits.nonzero()[:, 0]
-    index = index[torch.linspace(0, len(index) - 1, 1000, device=run.device).long()]
-    first = model.obs_units.normalize(windows.obs[windows.start[index]])
-    along = {}
-    for scale in SCALES:
-        args.guidance_scale = scale
-        sums = [plan_rewards(args, model, first, target) for target in targets.tolist()]
-        along[scale] = [total - sums[0] for total in sums]  # plan by plan: start and noise are the same
-    args.guidance_scale = SCALES[0]
-    evaluator, rows = Evaluator("Hopper-v4", "d4rl", options.episodes), []
-    for i, (percentile, target) in enumerate(zip(PERCENTILES, targets.tolist(), strict=True)):
-        args.target_return = target
-        planner = Planner(args, model, options.episodes, run.device)
-        with run.stage(f"target {percentile}", evaluator.max_steps, "step") as stage:
-
-            def policy(obs, planner=planner, stage=stage):
-                stage.update()
-                return planner(obs, evaluator.running)
-
-            returns = evaluator(policy, seed=seed + 100)
-        gains = {scale: float(along[scale][i].mean()) for scale in SCALES}
-        errors = {scale: float(along[scale][i].std(ddof=1) / len(first) ** 0.5) for scale in SCALES}
+def measure(seed: int) -> list[dict]:
+    args = Args(**LAPTOP | dict(env_id=ENV_ID, laptop=True, seed=seed, device="cpu", exp_name="dd_guidance"))
+    parts = main(args)
+    stepper = Stepper(parts.dataset, args.physics, threads=1)
+    targets = np.percentile(parts.windows.return_to_go.numpy(), PERCENTILES).tolist()
+    start = parts.windows.start[parts.windows.start + args.plan_horizon - 1 <= parts.windows.final]  # whole windows
+    start = start[torch.linspace(0, len(start) - 1, 1000).long()]
+    first = parts.model.units.normalize(parts.windows.obs[start])
+    sums = {scale: [plan_rewards(parts, stepper, first, target, scale) for target in targets] for scale in SCALES}
+    rows = []
+    for i, (percentile, target) in enumerate(zip(PERCENTILES, targets, strict=True)):
+        # Plan by plan: start and noise are the same for all targets.
+        gains = {scale: sums[scale][i] - sums[scale][0] for scale in SCALES}
+        asked = replace(args, target_return=target, guidance_scale=SCALES[0])
+        planner = Planner(asked, parts.model, args.eval_episodes, parts.run.device)
+        returns = parts.evaluator(lambda obs, p=planner: p(obs, parts.evaluator.running), seed=seed + 100)
         rows.append({
-            "seed": seed, "percentile": percentile, "target": target, "plan_gain": gains, "plan_gain_error": errors,
-            "episode_return": float(returns.mean()), "episode_returns": returns.tolist(),
+            "seed": seed, "percentile": percentile, "target": target,
+            "plan_gain": {scale: gain.mean() for scale, gain in gains.items()},
+            "plan_gain_error": {scale: gain.std(ddof=1) / len(first) ** 0.5 for scale, gain in gains.items()},
+            "episode_return": returns.mean(), "episode_returns": returns.tolist(),
         })  # fmt: skip
-        run.say("", f"percentile {percentile}: plans gain {gains}, episodes {returns.mean():.0f}")
-    run.finish({})
+        print(f"seed {seed}, percentile {percentile}: episodes return {returns.mean():.0f}", flush=True)
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--env-id", default="local/hopper/medium-expert-v0", help="local Hopper data")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--episodes", type=int, default=10)
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/dd_guidance"))
-    parser.add_argument("--out", type=Path, default=Path("docs/dd_guidance"), help="without suffix")
-    options = parser.parse_args()
-    if not options.env_id.startswith("local/hopper/"):
-        parser.error(f"--env-id {options.env_id}: the simulator's rewards are written for local/hopper/QUALITY-v0 only")
-    rows = [row for seed in options.seeds for row in measure(seed, options)]
-    options.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
-    head = [f"plan's gain, guidance {scale}" for scale in SCALES]
-    lines = ["| percentile of the labels | target | " + " | ".join(head) + " | return of an episode |"]
-    lines.append("|---" * (3 + len(SCALES)) + "|")
-    gains = np.zeros((len(SCALES), len(PERCENTILES)))
-    errors = np.zeros_like(gains)
+def report(rows: list[dict]) -> None:
+    """The table, on the console, and the picture."""
+    seeds, scales = sorted({row["seed"] for row in rows}), list(rows[0]["plan_gain"])
+
+    def grid(value):  # [seeds, percentiles]
+        return np.array([[value(row) for row in rows if row["seed"] == seed] for seed in seeds])
+
+    returns, target = grid(lambda row: row["episode_return"]), grid(lambda row: row["target"]).mean(0)
+    gain = [grid(lambda row, s=s: row["plan_gain"][s]).mean(0) for s in scales]
+    error = [(grid(lambda row, s=s: row["plan_gain_error"][s]) ** 2).sum(0) ** 0.5 / len(seeds) for s in scales]
+    heads = [f"plan's gain, guidance {scale}" for scale in scales]
+    print("| percentile of the labels | target | " + " | ".join([*heads, "return of an episode"]) + " |")
+    print("|---" * (3 + len(scales)) + "|")
     for i, percentile in enumerate(PERCENTILES):
-        same = [row for row in rows if row["percentile"] == percentile]
-        columns = [f"{percentile}", f"{statistics.mean(row['target'] for row in same):.3f}"]
-        for j, scale in enumerate(SCALES):
-            gains[j, i] = statistics.mean(row["plan_gain"][scale] for row in same)
-            errors[j, i] = sum(row["plan_gain_error"][scale] ** 2 for row in same) ** 0.5 / len(same)
-            columns.append(f"{gains[j, i]:.4f} ± {errors[j, i]:.4f}")
-        values = [row["episode_return"] for row in same]
-        deviation = f" ± {statistics.stdev(values):.0f}" if len(values) > 1 else ""
-        lines.append("| " + " | ".join([*columns, f"{statistics.mean(values):.0f}{deviation}"]) + " |")
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for scale, gain, error in zip(SCALES, gains, errors, strict=True):
-        axes[0].errorbar(PERCENTILES, gain, 2 * error, marker="o", capsize=3, label=f"guidance {scale}")
-    axes[0].set_title(
-        "simulator's reward along a plan,\nagainst the lowest target (bars: 2 standard errors)", fontsize=10
-    )
-    axes[0].legend(fontsize=8)
-    curves = np.array([[row["episode_return"] for row in rows if row["seed"] == seed] for seed in options.seeds])
-    axes[1].plot(PERCENTILES, curves.T, color="tab:blue", linewidth=0.8, alpha=0.6, marker=".")
-    axes[1].plot(PERCENTILES, curves.mean(0), color="tab:blue", linewidth=2, marker="o")
-    axes[1].set_title(f"return of an episode, guidance {SCALES[0]}\n(thin: seeds, thick: their mean)", fontsize=10)
-    for axis in axes:
-        axis.set_xlabel("target: percentile of the return-to-go labels")
+        gains = " | ".join(f"{gain[j][i]:.4f} ± {error[j][i]:.4f}" for j in range(len(scales)))
+        mean, std = returns[:, i].mean(), returns[:, i].std(ddof=1)
+        print(f"| {percentile} | {target[i]:.3f} | {gains} | {mean:.0f} ± {std:.0f} |")
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    plans, episodes = figure.subplots(1, 2)
+    for j, scale in enumerate(scales):
+        plans.errorbar(PERCENTILES, gain[j], 2 * error[j], marker="o", capsize=3, label=f"guidance {scale}")
+    plans.set_ylabel("reward per plan, gain over\nthe lowest target (± 2 s.e.)")
+    for seed, line in zip(seeds, returns, strict=True):
+        episodes.plot(PERCENTILES, line, linewidth=0.8, marker=".", label=f"seed {seed}")
+    episodes.plot(PERCENTILES, returns.mean(0), color="black", linewidth=2, marker="o", label="their mean")
+    episodes.set_ylabel(f"return of an episode,\nguidance {scales[0]}")
+    for axis in (plans, episodes):
+        axis.set_xlabel("return asked for: percentile of the data's labels")
         axis.set_xticks(PERCENTILES)
+        axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
-    figure.savefig(options.out.with_suffix(".png"), dpi=100)
-    print("\n".join(lines))
+    figure.suptitle(f"Decision Diffuser asked for more: {ENV_ID}, --laptop", fontsize=10)
+    figure.savefig(PICTURE, dpi=100)
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", action="store_true", help="instead of taking what dd_guidance.json holds")
+    if parser.parse_args().measure:
+        write_text(RESULTS, json.dumps([row for seed in SEEDS for row in measure(seed)], indent=1) + "\n")
+    report(json.loads(RESULTS.read_text()))

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import matplotlib
 import tyro
-from minari.storage import get_dataset_path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import UserError, tell
-from common.data import KNOWN, OfflineDataset, load_dataset
+from common import UserError
+from common.cli import tell
+from common.data import KNOWN, OfflineDataset, load_dataset, minari_root
 from common.evaluation import REFERENCE_RETURNS
 from local_datasets import collect
 from local_datasets.train_behavior import BEHAVIOR_DIR, EXPERT_RETURN, SIMULATOR
@@ -154,7 +154,7 @@ def main(args: Args) -> None:
             missing.append(env_id)
             continue
         datasets.append(load_dataset(env_id))
-        metadata[env_id] = json.loads((get_dataset_path(env_id) / "data" / "metadata.json").read_text())
+        metadata[env_id] = json.loads(((minari_root() / env_id) / "data" / "metadata.json").read_text())
         rows.append(table_row(datasets[-1], metadata[env_id]["policies"]))
     if not datasets:
         raise UserError(f"no policies in {args.behavior_dir}; make them with train_behavior.py --export")
@@ -165,7 +165,7 @@ def main(args: Args) -> None:
         if "/expert-" in dataset.env_id and dataset.returns.mean() < EXPERT_RETURN[dataset.robot]
     ]
     text = TEXT.format(
-        simulators=", ".join(dict.fromkeys(dataset.simulator for dataset in datasets)),
+        simulators=", ".join(dict.fromkeys(dataset.spec.id for dataset in datasets)),
         physics=", ".join({dataset.physics for dataset in datasets}),
         seed=args.seed,
         rows="\n".join(rows),
@@ -180,4 +180,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    tell(main, tyro.cli(Args))
+    tell(lambda: main(tyro.cli(Args)))

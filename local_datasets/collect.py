@@ -16,13 +16,10 @@ noise follow from --seed alone: the same command makes the same arrays on the sa
 """
 
 import fnmatch
-import hashlib
 import json
 import os
 import shutil
 import sys
-import warnings
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,15 +28,17 @@ import minari
 import numpy as np
 import torch
 import tyro
-from filelock import FileLock, Timeout
 from minari.data_collector import EpisodeBuffer
-from minari.storage import get_dataset_path
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import UserError, tell
+from common import UserError
+from common.cli import tell
+from common.data import minari_root
 from common.evaluation import REFERENCE_RETURNS, make_env
+from common.export import minari_writes_to
+from common.files import locked, sha256_of, sync
 from local_datasets.train_behavior import BEHAVIOR_DIR, POLICY_FORMAT, SIMULATOR, Actor, as_policy, read_sums
 
 # Policies of each quality; each gets an equal share of the steps. replay-* is every replay-0, replay-1, ... shipped.
@@ -120,7 +119,7 @@ def load_policies(robot: str, quality: str, behavior_dir: Path) -> list[Policy]:
 
 
 def _load_policy(path: Path, sha256: str) -> Policy:
-    found = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else "missing"
+    found = sha256_of(path) if path.exists() else "missing"
     if found != sha256:
         raise UserError(
             f"{path}: sha256 is {found}, but SHA256SUMS beside it lists {sha256}; restore both files, "
@@ -192,27 +191,13 @@ def differences(folder: Path, recipe: dict) -> str:
     )
 
 
-@contextmanager
-def minari_root(folder: Path):
-    """Minari reads and writes under folder."""
-    before = os.environ.get("MINARI_DATASETS_PATH")
-    os.environ["MINARI_DATASETS_PATH"] = str(folder)
-    try:
-        yield
-    finally:
-        del os.environ["MINARI_DATASETS_PATH"]
-        if before is not None:
-            os.environ["MINARI_DATASETS_PATH"] = before
-
-
 def make(args: Args, recipe: dict, policies: list[Policy], folder: Path, work: Path) -> None:
     """Roll out, write under the Minari root `work`, and put the finished folder in place with a rename."""
     robot, quality = ENV_IDS[args.env_id]
     envs = [make_env(SIMULATOR[robot], "d4rl") for _ in range(PARALLEL_EPISODES)]
     with tqdm(total=args.steps, desc=args.env_id, unit="step") as progress:
         buffers = roll_out(policies, envs, args.steps, args.seed, progress)
-    with minari_root(work), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Minari asks for an author's address
+    with minari_writes_to(work):
         minari.create_dataset_from_buffers(
             args.env_id,
             buffers,
@@ -227,8 +212,7 @@ def make(args: Args, recipe: dict, policies: list[Policy], folder: Path, work: P
             data_format="hdf5",
         ).storage.update_metadata(recipe)
     for path in (work / args.env_id / "data").iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+        sync(path)
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists():
         os.replace(folder, work / "replaced")
@@ -253,16 +237,10 @@ def main(args: Args) -> None:
     # Stored with the data, and compared with what is asked for the next time.
     recipe = {"physics": "d4rl", "steps": args.steps, "seed": args.seed, "policies": facts}
     try:
-        folder = get_dataset_path(args.env_id)
-        work = get_dataset_path(".collect") / args.env_id.replace("/", "-")  # Minari does not list hidden folders
-        work.parent.mkdir(exist_ok=True)
-        lock = FileLock(f"{work}.lock")
-        try:
-            lock.acquire(timeout=0)
-            lock.release()
-        except Timeout:
-            print(f"another process is making {args.env_id}; waiting for it", flush=True)
-        with lock:
+        folder = minari_root() / args.env_id
+        work = minari_root() / ".collect" / args.env_id.replace("/", "-")  # Minari does not list hidden folders
+        work.parent.mkdir(parents=True, exist_ok=True)
+        with locked(work, lambda: print(f"another process is making {args.env_id}; waiting for it", flush=True)):
             different = differences(folder, recipe) if folder.exists() else ""
             if different and not args.force:
                 raise UserError(f"{folder} {different}; --force replaces it")
@@ -279,4 +257,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    tell(main, tyro.cli(Args))
+    tell(lambda: main(tyro.cli(Args)))

@@ -24,33 +24,25 @@ import time
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
+import gymnasium as gym
 import mujoco
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save
 from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import UserError
+from common.cli import Signals, Stopped, tell
 from common.evaluation import Evaluator, make_env
-from common.run import (
-    STOPPED,
-    Signals,
-    Stopped,
-    all_finite,
-    disk_trouble,
-    how_to_go_on,
-    load_checkpoint,
-    save_checkpoint,
-    write_text_whole,
-    write_whole,
-)
+from common.files import disk_trouble, take_lock, write_text, write_whole
+from common.stages import all_finite, load_checkpoint, save_checkpoint
 
 BEHAVIOR_DIR = Path(__file__).resolve().parent / "behavior"
 POLICY_FORMAT = 1  # of the shipped files; collect.py refuses others
@@ -230,6 +222,12 @@ def as_policy(actor: Actor, noise_seed: int, deterministic: bool = False):
     return policy
 
 
+def evaluator_of(robot: str, episodes: int) -> Evaluator:
+    """Of a policy that needs no data: in D4RL's physics, actions in [-1, 1]."""
+    task = SimpleNamespace(spec=gym.spec(SIMULATOR[robot]), physics="d4rl", robot=robot, action_low=-1, action_high=1)
+    return Evaluator(task, "d4rl", episodes)
+
+
 # ---- Training
 
 
@@ -237,14 +235,11 @@ def train(args: Args) -> None:
     folder = args.folder / args.robot
     try:
         (folder / "snapshots").mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"another process trains in {folder}; give another --folder")
+        lock = take_lock(folder / "training")  # noqa: F841 held until the process ends
     except OSError as error:
         raise UserError(f"cannot write {folder} ({error.strerror}); give another --folder")
     env = make_env(SIMULATOR[args.robot], "d4rl")
-    evaluator = Evaluator(SIMULATOR[args.robot], "d4rl", args.eval_episodes)
+    evaluator = evaluator_of(args.robot, args.eval_episodes)
     torch.manual_seed(args.seed)
     trainer = Trainer(args, env.observation_space.shape[0], env.action_space.shape[0])
     checkpoints, log_path = folder / "checkpoints", folder / "snapshots.csv"
@@ -299,7 +294,7 @@ def train(args: Args) -> None:
 
 def _save(folder: Path, state: dict) -> None:
     """A checkpoint, unless this step has one. UserError for NaN; a disk that does not take it is told."""
-    if (folder / f"{state['step']:012d}.pt.sha256").exists():
+    if (folder / f"{state['step']:012d}.pt").exists():
         return
     if not all_finite(state):
         raise UserError(f"NaN or infinity in the networks at step {state['step']:,}; lower --lr ({folder} is unharmed)")
@@ -352,7 +347,7 @@ def _write_log(path: Path, rows: list[dict]) -> None:
     writer = csv.DictWriter(text, ["step", "mean_return", "std_return"])
     writer.writeheader()
     writer.writerows(rows)
-    write_text_whole(path, text.getvalue())
+    write_text(path, text.getvalue())
 
 
 # ---- Export
@@ -390,7 +385,7 @@ def export(args: Args) -> None:
     returns = {int(row["step"]): float(row["mean_return"]) for row in _read_log(folder / "snapshots.csv")}
     if not returns:
         raise UserError(f"{folder / 'snapshots.csv'} lists no snapshot; train first, or name the run with --folder")
-    evaluator = Evaluator(SIMULATOR[args.robot], "d4rl", args.export_episodes)
+    evaluator = evaluator_of(args.robot, args.export_episodes)
     measure = cache(partial(_measure, args, evaluator, folder))  # a snapshot may be wanted for two purposes
 
     target, target_std = MEDIUM_RETURN[args.robot]
@@ -473,7 +468,7 @@ def _write_policies(args: Args, chosen: dict[str, Candidate]) -> None:
         write_whole(args.behavior_dir / name, lambda file, content=content: file.write(content))
         sums[name] = hashlib.sha256(content).hexdigest()
     lines = "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))  # sha256sum -c reads this
-    write_text_whole(args.behavior_dir / "SHA256SUMS", lines)
+    write_text(args.behavior_dir / "SHA256SUMS", lines)
     print(f"wrote {len(files)} policies to {args.behavior_dir}; {total:,} bytes for all robots")
 
 
@@ -496,12 +491,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        with Signals():
-            main(tyro.cli(Args))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except Stopped as stop:
-        print(f"stopped by {Signals.received} {stop}; {how_to_go_on()}", file=sys.stderr)
-        sys.exit(STOPPED)
+    tell(lambda: main(tyro.cli(Args)))

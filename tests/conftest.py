@@ -1,12 +1,20 @@
-"""The repository root on sys.path, and empty data folders for the tests that ask for them."""
+"""One thread, a warm process for the children, and the folders that tests share or have for themselves."""
 
+import os
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before numpy and torch are imported, here and in every child
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import pytest
 import torch
+from toy import hopper_arguments
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.chdir(ROOT)  # where the scripts lie that the children's warm process imports
+forkserver.ensure_running()
 
 
 def pytest_addoption(parser):
@@ -16,15 +24,32 @@ def pytest_addoption(parser):
     parser.addoption("--trials", type=int, help="with --full: at most so many of each")
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "full: only with --full")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("full") and not config.getoption("--full"):
+            item.add_marker(pytest.mark.skip(reason="with --full"))
+
+
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
-    """tmp_path, with D4RL files looked for in d4rl/, Minari data sets in minari/, and the cache in cache/."""
+    """tmp_path, with D4RL files looked for in d4rl/ and Minari data sets in minari/."""
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "d4rl"))
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    monkeypatch.setenv("DAWM_CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "d4rl").mkdir()
     (tmp_path / "minari").mkdir()
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """A folder with toy Hopper data and kept stages, shared by all tests that run a script on them unchanged."""
+    folder = tmp_path_factory.mktemp("toy")
+    hopper_arguments(folder)
+    return folder
 
 
 @pytest.fixture(autouse=True)

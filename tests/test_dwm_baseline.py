@@ -1,49 +1,33 @@
-"""dwm_baseline.py: imagined targets by hand and by plain loops, and the script by its command line.
+"""dwm_baseline.py: imagined targets by hand and by plain loops, equal arms, and the script by its command line.
 
 What it has from the other scripts to the letter (test_source.py) is tested with them.
 """
 
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from toy import TINY, TOY, TOY_AGENT, TOY_WORLD_MODEL, hopper_command, linear_dataset, refusal
+from toy import TINY, TOY, TOY_AGENT, TOY_WORLD_MODEL, context, hopper_arguments, hopper_run, linear_dataset, refusal
 
+import dawm_iql
+import dawm_td3bc
 import dwm_baseline as script
+from common.cli import Signals, Stopped, parse_args
 from common.run import Run
+from common.stages import stage_source
 from dwm_baseline import Args
 
 STEPS = 8  # imagined by a world model of horizon 7
-DEFAULTS = {"td3bc": dict(policy_delay=2, lambda_return=False), "iql": dict(policy_delay=1, lambda_return=True)}
 
 
-def n_step(reward, ended, value, gamma, n, extra=False):
-    """Rewards 0..n-1, then the value of state n; nothing after an end. `extra`: reward n too, and the value later."""
-    total = 0.0
-    for h in range(n):
-        total += gamma**h * float(reward[h])
-        if ended[h]:
-            return total
-    rest = float(reward[n]) + gamma * float(value[n - 1]) if extra else float(value[n - 1])
-    return total + gamma**n * rest
-
-
-def mixture(reward, ended, value, gamma, n, weight, base="corrected"):
-    """The lambda-return looking forward: 1..n steps with weights (1 - lambda) lambda^(i-1), the rest to the longest."""
-    parts = [(1 - weight) * weight ** (i - 1) * n_step(reward, ended, value, gamma, i) for i in range(1, n + 1)]
-    return sum(parts) + weight**n * n_step(reward, ended, value, gamma, n, extra=base == "printed")
-
-
-def random_futures(count=50):
-    """Rewards, ends of a quarter of the steps, and two-dimensional states whose value is their first number."""
-    ended = (torch.rand(count, STEPS) < 0.25).float()
-    ended[0], ended[1] = 0, torch.eye(STEPS)[3]
-    return torch.randn(count, STEPS), ended, torch.randn(count, STEPS, 2)
-
-
-def first_number(states):
-    return states[:, 0]
+@pytest.fixture
+def float64():
+    """What is made anew has doubles, so that two orders of the same sum differ in the last digits of these alone."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 # ---- Targets
@@ -56,10 +40,7 @@ def test_mve_by_hand():
     assert script.mve_target(REWARD, ALIVE, VALUE[:, -1], 0.9).tolist() == pytest.approx([27.1])
 
 
-@pytest.mark.parametrize(
-    "end, expected",
-    [(0, 1.0), (1, 1 + 0.9 * 2), (2, 1 + 0.9 * 2 + 0.81 * 3)],
-)
+@pytest.mark.parametrize("end, expected", [(0, 1.0), (1, 1 + 0.9 * 2), (2, 1 + 0.9 * 2 + 0.81 * 3)])
 def test_nothing_is_added_after_an_end(end, expected):
     ended = torch.eye(3)[end : end + 1]
     assert script.mve_target(REWARD, ended, VALUE[:, -1], 0.9).tolist() == pytest.approx([expected])
@@ -78,336 +59,265 @@ def test_printed_lambda_return_by_hand():
     assert target.tolist() == pytest.approx([27.829])
 
 
-@pytest.mark.parametrize("horizon", [1, 3, 7])
-def test_weight_1_is_mve_and_weight_0_is_one_step(horizon):
-    reward, ended, states = (x[:, :horizon] for x in random_futures())
-    value = states[..., 0]
-    torch.testing.assert_close(
-        script.lambda_return(reward, ended, value, 0.99, 1.0), script.mve_target(reward, ended, value[:, -1], 0.99)
-    )
-    one_step = reward[:, 0] + 0.99 * (1 - ended[:, 0]) * value[:, 0]
-    torch.testing.assert_close(script.lambda_return(reward, ended, value, 0.99, 0.0), one_step)
+def n_step(reward, ended, value, gamma, n, extra=False):
+    """Rewards 0..n-1, then the value of state n; nothing after an end. `extra`: reward n too, and the value later."""
+    total = 0.0
+    for h in range(n):
+        total += gamma**h * float(reward[h])
+        if ended[h]:
+            return total
+    rest = float(reward[n]) + gamma * float(value[n - 1]) if extra else float(value[n - 1])
+    return total + gamma**n * rest
+
+
+def mixture(reward, ended, value, gamma, n, weight, extra):
+    """The lambda-return looking forward: 1..n steps with weights (1 - lambda) lambda^(i-1), the rest to the longest."""
+    parts = [(1 - weight) * weight ** (i - 1) * n_step(reward, ended, value, gamma, i) for i in range(1, n + 1)]
+    return sum(parts) + weight**n * n_step(reward, ended, value, gamma, n, extra)
 
 
 @pytest.mark.parametrize("horizon", [1, 3, 7])
 @pytest.mark.parametrize("termination", ["rule", "none"])
 @pytest.mark.parametrize("kind", ["mve", "corrected", "printed"])
-def test_imagined_target_against_a_plain_loop(horizon, termination, kind):
-    """Whatever lies beyond the horizon is NaN; the printed recursion takes one more reward."""
-    reward, ended, states = random_futures()
-    reward[:, horizon + (kind == "printed") :] = ended[:, horizon:] = states[:, horizon:] = torch.nan
-    args = Args(simulation_horizon=horizon, termination=termination, lambda_return=kind != "mve", gamma=0.9,
-                lambda_weight=0.7, lambda_base=kind.replace("mve", "corrected"))  # fmt: skip
+def test_imagined_target_against_a_plain_loop(horizon, termination, kind, float64):
+    """States are worth their first number. Beyond the horizon all is NaN, but for the printed recursion's reward."""
+    ended = torch.rand(50, STEPS) < 0.25
+    ended[0], ended[1] = False, torch.eye(STEPS)[3]
+    reward, states = torch.randn(50, STEPS), torch.randn(50, STEPS, 2)
+    reward[:, horizon + (kind == "printed") :] = states[:, horizon:] = torch.nan
+    args = Args(
+        horizon=horizon, termination=termination, lambda_return=kind != "mve", gamma=0.9, lambda_weight=0.7,
+        lambda_base=kind.replace("mve", "corrected"),
+    )  # fmt: skip
     expected = []
-    for r, e, s in zip(reward, ended if termination == "rule" else torch.zeros_like(ended), states):
+    for r, e, s in zip(3 * reward, ended & (termination == "rule"), states):
         loop = (r, e, s[:, 0], 0.9, horizon)
-        expected.append(n_step(*loop) if kind == "mve" else mixture(*loop, 0.7, kind))
-    target = script.imagined_target(args, reward, ended, states, first_number)
-    assert target.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        expected.append(n_step(*loop) if kind == "mve" else mixture(*loop, 0.7, kind == "printed"))
+    future = {"reward": reward, "ended": ended, "obs": states}
+    target = script.imagined_target(args, future, lambda obs: obs[:, 0], reward_factor=3)
+    assert target.tolist() == pytest.approx(expected, rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize("lambda_return", [False, True])
+@pytest.mark.parametrize("kind, home", [("TD3BC", dawm_td3bc), ("IQL", dawm_iql)])
+def test_at_horizon_1_the_updates_are_dawms_on_the_same_transitions(kind, home, lambda_return, float64):
+    """Five of them: networks, noise, losses, rates, target networks. Their tests by hand hold here too."""
+    settings = dict(agent_lr=0.01, tau=0.1, policy_delay=2, agent_updates=4)
+    args = Args(horizon=1, termination="rule", lambda_return=lambda_return, **settings)
+    obs, action = torch.randn(100, 11) * 3 + 1, torch.rand(100, 3) * 2 - 1
+    ended = torch.rand(100, STEPS) < 0.3
+    future = {"reward": torch.randn(100, STEPS), "ended": ended, "obs": torch.randn(100, STEPS, 11)}
+    rows = torch.cat([obs, action, future["reward"][:, :1], future["obs"][:, 0], ended[:, :1]], dim=1)
+    told = []
+    for module, batch in ((script, (obs, action, future)), (home, (rows,))):
+        torch.manual_seed(1)
+        factor = (3.0,) if kind == "IQL" else ()
+        agent = getattr(module, kind)(args if module is script else home.Args(**settings), obs, 3, *factor)
+        told.append([])
+        for update in range(1, 6):
+            losses = agent.update(*batch, update_actor=update % 2 == 0)
+            told[-1] += [float(losses[name]) for name in sorted(losses)]
+        told[-1] += agent.actor(obs).flatten().tolist()
+    assert len(told[0]) > 300 and told[0] == pytest.approx(told[1], rel=1e-6, abs=1e-9)
+
+
+# ---- Equal arms
+
+OWN = {"agent", "rollouts", "lambda_return", "lambda_weight", "lambda_base"}
+DAWMS = {"synthesis", "conditioning_subsample", "synthetic_fraction", "policy_noise", "noise_clip", "bc_alpha"}
+DAWMS |= {name for name in vars(dawm_td3bc.Args()) if name.startswith("idm_")}
+IQLS = {"expectile", "awr_beta", "max_weight", "policy", "reward_scaling", "normalize_obs"}
+
+
+@pytest.mark.parametrize(
+    "scale, named",
+    [("laptop", set()), ("paper", {"agent_updates", "agent_batch_size", "termination"})],  # DWM's own [DWM App.]
+)
+@pytest.mark.parametrize("kind, home", [("td3bc", dawm_td3bc), ("iql", dawm_iql)])
+def test_arguments_differ_from_dawms_in_what_is_named_here_alone(kind, home, scale, named):
+    ours, theirs = (vars(m.Args(**m.LAPTOP if scale == "laptop" else {})) for m in (script, home))
+    ours |= {name: value for name, value in script.AGENTS[kind].items() if ours[name] is None}
+    assert {name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]} == named
+    unshared = ours.keys() ^ theirs.keys()
+    assert OWN <= unshared <= OWN | DAWMS | IQLS, "a field that the arms share has two names, or none here"
+
+
+@pytest.mark.parametrize("agent, policy_delay, lambda_return", [("td3bc", 2, False), ("iql", 1, True)])
+def test_each_agent_has_its_own_defaults_and_flags_win(agent, policy_delay, lambda_return, monkeypatch):
+    def stop(args):
+        raise Stopped
+
+    monkeypatch.setattr(script, "check_args", stop)
+    for flags in (dict(policy_delay=3), dict(lambda_return=not lambda_return)):
+        args = Args(agent=agent, **flags)
+        with pytest.raises(Stopped):
+            script.main(args)
+        expected = dict(policy_delay=policy_delay, lambda_return=lambda_return) | flags
+        assert expected.items() <= vars(args).items()
 
 
 # ---- Futures
 
 
-def make_synthesizer(robot="", world_model=None, **changes):
-    args, dataset = Args(**TINY, **changes), linear_dataset(episodes=10, terminated=True)
-    windows = script.Windows(args, dataset, torch.device("cpu"))
-    return script.Synthesizer(args, robot, windows, world_model or script.WorldModel(args, windows))
+def make_windows(**changes):
+    return script.Windows(Args(**TINY, **changes), linear_dataset(episodes=10, terminated=True), torch.device("cpu"))
 
 
-def parts_of(rows, dim=2):
-    return rows.split([2, 2, STEPS, STEPS, STEPS * dim], dim=1)
+def test_a_future_is_what_was_imagined_after_a_real_pair(monkeypatch):
+    """Pair 35 goes on; in pair 4 the model's own sign at steps 2 and 3 says that states 2 and 3 are ends."""
+    windows, asked = make_windows(), []
+    imagined, reward = torch.randn(2, STEPS + 1, 2), torch.rand(2, STEPS) * 0.1
+    reward[1, 2:4] = windows.end_reward
+    monkeypatch.setattr(script, "sample_rollouts", lambda *a: (asked.extend(a[1:]), (imagined, reward))[1])
+    future = script.imagine_futures(Args(**TINY), windows, "model", torch.tensor([35, 4]))
+    world_model, obs, action, target = asked
+    assert world_model == "model" and target.tolist() == [[pytest.approx(0.7)]] * 2
+    assert torch.equal(obs, windows.obs[[36, 4]])  # episode 1 begins one row later: 31 states to 30 actions
+    assert torch.equal(action, windows.action[[35, 4]])
+    assert future["reward"].tolist() == [reward[0].tolist(), [*reward[1, :2].tolist(), 0, 0, *reward[1, 4:].tolist()]]
+    assert future["ended"].tolist() == [[False] * STEPS, [False, True, True, *[False] * 5]]
+    assert torch.equal(future["obs"], imagined[:, 1:])
 
 
-def test_a_future_is_the_real_pair_and_what_was_imagined(monkeypatch):
-    """Pair 0 goes on; in pair 1 the model's own sign at steps 2 and 3 says that states 2 and 3 are ends."""
-    synthesizer = make_synthesizer(world_model="none")
-    windows, over = synthesizer.windows, synthesizer.windows.end_reward
-    imagined, reward = torch.randn(2, 9, 2), torch.rand(2, 8) * 0.1
-    reward[1, 2:4] = over
-    calls = []
-
-    def sample_rollouts(args, world_model, *condition):
-        calls.append((world_model, condition))
-        return imagined, reward
-
-    monkeypatch.setattr(script, "sample_rollouts", sample_rollouts)
-    rows = synthesizer(torch.tensor([35, 4]))
-    obs, action, rewards, ended, future = parts_of(rows)
-    real = windows.obs[[36, 4]], windows.action[[35, 4]]  # episode 1 begins one row later: 31 states to 30 actions
-    assert torch.equal(obs, real[0]) and torch.equal(action, real[1])
-    ((world_model, (first, first_action, target)),) = calls
-    assert world_model == "none" and torch.equal(first, real[0]) and torch.equal(first_action, real[1])
-    assert target.tolist() == [[pytest.approx(0.7)]] * 2
-    assert rewards[0].tolist() == reward[0].tolist()
-    assert rewards[1].tolist() == [*reward[1, :2].tolist(), 0, 0, *reward[1, 4:].tolist()]
-    assert ended.tolist() == [[0] * 8, [0, 1, 1, 0, 0, 0, 0, 0]]
-    assert torch.equal(future.view(2, STEPS, 2), imagined[:, 1:])
-
-
-def test_a_fall_by_the_simulators_rule_is_an_end_too(monkeypatch):
-    heights = torch.ones(1, 9, 11) * 0.01
-    heights[0, :, 0] = torch.tensor([1.2, 1.1, 1.0, 0.6, 1.2, 1.2, 1.2, 1.2, 0.6])  # down at states 3 and 8
-    monkeypatch.setattr(script, "sample_rollouts", lambda *_: (heights, torch.zeros(1, 8)))
-    for robot, expected in (("hopper", [0, 0, 1, 0, 0, 0, 0, 1]), ("halfcheetah", [0] * 8)):
-        _, _, _, ended, _ = parts_of(make_synthesizer(robot, "none")(torch.tensor([0])), 11)
-        assert ended.tolist() == [expected]
+def test_a_fall_by_the_simulators_rule_is_an_end_too():
+    windows, reward = make_windows(), torch.zeros(1, STEPS)
+    height = torch.tensor([0.6, 1.1, 1.0, 0.6, 1.2, 1.2, 1.2, 1.2, 0.7])[None, :, None]  # not above 0.7: 0, 3 and 8
+    assert not script.mark_ends(windows, height, reward)[0].any()
+    windows.healthy = torch.tensor([0.7]), torch.tensor([torch.inf])
+    assert script.mark_ends(windows, height, reward)[0].nonzero()[:, 1].tolist() == [2, 7]
 
 
 @pytest.fixture
 def new_run(tmp_path):
+    """A run on the linear system, with a log that keeps nothing."""
+
     def new_run(**changes):
-        folders = dict(run_dir=tmp_path / "runs", stage_dir=tmp_path / "stages")
-        run = Run(Args(**TINY, **folders, synthesis_batch_size=64, **changes))
-        run.open()
+        run = Run(Args(**TINY, run_dir=tmp_path / "runs", stage_dir=tmp_path / "stages", **changes))
+        run.folder, run.content, run.log = tmp_path, {}, lambda *_: None
         run.fingerprints |= {"data": "data", "world model": "model"}
         return run
 
     return new_run
 
 
-def test_stored_futures_are_those_of_all_pairs_in_their_order(new_run):
-    synthesizer, run = make_synthesizer(), new_run()
-    stored = script.synthesize(run.args, synthesizer, run)
+def test_stored_futures_are_all_pairs_whatever_stops_them_for_every_target_and_agent(new_run, monkeypatch):
+    windows, imagine, stops = make_windows(), script.imagine_futures, 0
+    world_model = script.WorldModel(Args(**TINY), windows)
+
+    def stop_once(*arguments):  # a signal in the third batch of five
+        nonlocal stops
+        stops += 1
+        Signals.received = "SIGTERM" if stops == 3 else None
+        return imagine(*arguments)
+
+    monkeypatch.setattr(script, "imagine_futures", stop_once)
+    run = new_run(synthesis_batch_size=64)
+    with pytest.raises(Stopped, match=r"at 192 of 300 pairs, with a checkpoint"):
+        script.synthesize(run.args, windows, world_model, run)
+    Signals.received = None
+    stored = script.synthesize(run.args, windows, world_model, run)
+    assert stops == 5
     run.seed("synthesis", run.args.synthesis_seed)
-    assert torch.equal(stored, torch.cat([synthesizer(index) for index in torch.arange(300).split(64)]))
-    windows = synthesizer.windows
-    assert torch.equal(stored[:, :2], windows.obs[windows.start]) and torch.equal(stored[:, 2:4], windows.action)
+    for index in torch.arange(300).split(64):
+        for name, values in imagine(run.args, windows, world_model, index).items():
+            assert torch.equal(stored[name][index], values), name
 
-
-def test_the_store_serves_every_horizon_termination_and_agent(new_run):
-    synthesizer, run = make_synthesizer(), new_run()
-    stored = script.synthesize(run.args, synthesizer, run)
-    for same in (dict(simulation_horizon=3), dict(termination="rule"), dict(agent="iql"), dict(lambda_return=True)):
-        other = new_run(**same)
-        assert torch.equal(script.synthesize(other.args, None, other), stored) and other.kept == run.kept
-    other = new_run(guidance_scale=1.0)
-    script.synthesize(other.args, synthesizer, other)
-    assert other.kept["rollouts"] != run.kept["rollouts"]
-
-
-def test_batches_come_from_the_store_or_from_the_model():
-    args, asked = Args(agent_batch_size=64, policy_delay=2), []
-    synthesizer = SimpleNamespace(windows=SimpleNamespace(start=torch.arange(10)))
-    source = script.batches(args, torch.arange(10.0)[:, None] + 100, synthesizer, {"count": 0})
-    rows, flags = zip(*(next(source) for _ in range(4)))
-    assert flags == (False, True, False, True)
-    assert all(len(batch) == 64 for batch in rows) and set(torch.cat(rows)[:, 0].tolist()) == set(range(100, 110))
-
-    class Imagine(SimpleNamespace):
-        def __call__(self, index):
-            asked.append(index)
-            return index[:, None] * 2.0
-
-    source = script.batches(args, None, Imagine(windows=synthesizer.windows), {"count": 0})
-    rows, _ = zip(*(next(source) for _ in range(4)))
-    assert len(asked) == 4 and set(torch.cat(asked).tolist()) == set(range(10))
-    assert all(torch.equal(batch[:, 0], index * 2.0) for batch, index in zip(rows, asked, strict=True))
-
-
-# ---- Agents
-
-
-def make_agent(kind, reward_factor=3.0, **changes):
-    """On Hopper's dimensions, with target networks of their own."""
-    torch.manual_seed(0)
-    args, obs = Args(agent=kind, **{**DEFAULTS[kind], **changes}), torch.randn(100, 11) * 3 + 1
-    agent = script.TD3BC(args, obs, 3) if kind == "td3bc" else script.IQL(args, obs, 3, reward_factor)
-    for parameter in targets_of(agent):
-        parameter.data += 0.05 * torch.randn_like(parameter)
-    return agent
-
-
-def targets_of(agent):
-    return agent.target_parameters if isinstance(agent, script.TD3BC) else agent.qf_target_parameters
-
-
-def online_of(agent):
-    return agent.parameters if isinstance(agent, script.TD3BC) else agent.qf_parameters
-
-
-def random_rows(count=32):
-    """Rows, and their parts: obs, action, reward, ended, future."""
-    parts = torch.randn(count, 11), torch.rand(count, 3) * 2 - 1, torch.randn(count, STEPS)
-    parts += (torch.rand(count, STEPS) < 0.25).float(), torch.randn(count, STEPS, 11)
-    return torch.cat([part.flatten(1) for part in parts], dim=1), parts
-
-
-def value_by_hand(agent, states):
-    """min Q'(s, pi'(s)) of TD3+BC without noise, V(s) of IQL."""
-    with torch.no_grad():
-        if isinstance(agent, script.IQL):
-            return agent.vf(states).tolist()
-        action = agent.actor_target(states)
-        values = (qf(states, action).tolist() for qf in (agent.qf1_target, agent.qf2_target))
-        return [min(pair) for pair in zip(*values)]
-
-
-def targets_by_hand(agent, parts, horizon):
-    """For the agents' defaults: Diffusion-MVE for TD3+BC, the lambda-return of weight 0.95 for IQL; falls ignored."""
-    _, _, reward, _, future = parts
-    factor, loop = (3, mixture) if isinstance(agent, script.IQL) else (1, n_step)
-    weight = (0.95,) if loop is mixture else ()
-    values = [value_by_hand(agent, states) for states in future]
-    return [loop(factor * r, [0] * STEPS, v, 0.99, horizon, *weight) for r, v in zip(reward, values)]
-
-
-@pytest.mark.parametrize("horizon", [1, 3, 7])
-@pytest.mark.parametrize("kind", ["td3bc", "iql"])
-def test_each_agents_target_by_hand(kind, horizon):
-    """TD3+BC: the smaller target critic at the target policy; IQL: its value network, and rewards times the factor."""
-    agent, (_, parts) = make_agent(kind, policy_noise=0.0, simulation_horizon=horizon), random_rows()
-    assert agent.target(*parts[2:]).tolist() == pytest.approx(targets_by_hand(agent, parts, horizon), rel=1e-4)
-
-
-def test_target_noise_is_clipped_and_so_is_the_action():
-    agent, seen = make_agent("td3bc", policy_noise=100.0), []
-    agent.qf1_target = agent.qf2_target = lambda obs, action: (seen.append(action), torch.zeros(len(obs)))[1]
-    agent.actor_target = lambda obs: torch.zeros(len(obs), 3)
-    agent.target_value(torch.zeros(50, 11))
-    assert seen[0].abs().max() == 0.5  # noise_clip
-    agent.actor_target = lambda obs: torch.ones(len(obs), 3)
-    agent.target_value(torch.zeros(50, 11))
-    assert seen[-1].max() == 1
+    for same in (dict(horizon=3), dict(termination="rule"), dict(agent="iql"), dict(lambda_return=True)):
+        other = new_run(synthesis_batch_size=64, **same)
+        found = script.synthesize(other.args, windows, world_model, other)
+        assert other.kept == run.kept and all(torch.equal(found[name], stored[name]) for name in stored)
+    other = new_run(synthesis_batch_size=64, guidance_scale=1.0)
+    script.synthesize(other.args, windows, world_model, other)
+    assert stops == 10 and other.kept != run.kept
 
 
 @pytest.mark.parametrize("kind", ["td3bc", "iql"])
-def test_an_update_fits_both_critics_at_the_real_pairs_to_the_targets_of_before(kind):
-    """The rate is so large that any parameter used after its step would show."""
-    agent, (rows, parts) = make_agent(kind, policy_noise=0.0, agent_lr=1.0), random_rows()
-    obs, action = parts[:2]
-    target = torch.tensor(targets_by_hand(agent, parts, 7))
-    with torch.no_grad():
-        errors = [float((qf(obs, action) - target).square().mean()) for qf in (agent.qf1, agent.qf2)]
-        expected = {"agent/qf_target": float(target.mean()), "agent/qf_loss": sum(errors)}
-        if kind == "iql":  # the mean of the two, IQL's code; V and the weights at the real pair too
-            advantage = torch.minimum(agent.qf1_target(obs, action), agent.qf2_target(obs, action)) - agent.vf(obs)
-            weight = (3 * advantage).exp().clamp(max=100)
-            vf_loss = torch.where(advantage > 0, 0.7, 0.3) * advantage**2
-            expected |= {"agent/qf_loss": sum(errors) / 2, "agent/vf_loss": float(vf_loss.mean())}
-            actor_loss = -(weight * agent.actor.log_prob(obs, action)).mean()
-            expected |= {"agent/actor_loss": float(actor_loss), "agent/actor_weight": float(weight.mean())}
-        else:
-            expected["agent/bc_loss"] = float((agent.actor(obs) - action).square().mean())
-    losses = {name: float(value) for name, value in agent.update(rows, update_actor=True).items()}
-    if kind == "td3bc":
-        del losses["agent/actor_loss"]  # by the critic after its step
-    assert losses == pytest.approx(expected, rel=1e-4)
-
-
-def test_td3bc_actor_loss_by_hand():
-    """Q of the first critic in units of its mean magnitude, times 2.5, against the squared distance to the action."""
-    agent, (_, (obs, action, *_)) = make_agent("td3bc"), random_rows()
-    with torch.no_grad():
-        policy_action = agent.actor(obs)
-        q, distance = agent.qf1(obs, policy_action), (policy_action - action).square().mean()
-        loss, bc_loss = agent.actor_loss(obs, action)
-    assert float(bc_loss) == pytest.approx(float(distance), rel=1e-5)
-    assert float(loss) == pytest.approx(float(distance) - 2.5 * sum(q.tolist()) / sum(map(abs, q.tolist())), rel=1e-4)
-
-
-def test_iqls_policy_rate_falls_to_0_by_a_cosine():
-    agent, rates = make_agent("iql", agent_updates=4), []
-    for _ in range(4):
-        agent.update(random_rows(4)[0], update_actor=True)
-        rates.append(agent.actor_schedule.get_last_lr()[0] / 3e-4)
-    assert rates == pytest.approx([(1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2, 0], abs=1e-9)
-
-
-@pytest.mark.parametrize("kind", ["td3bc", "iql"])
-def test_targets_move_by_the_polyak_rate_only_with_the_actor(kind):
-    agent = make_agent(kind)
-    start = [p.clone() for p in targets_of(agent)]
-    agent.update(random_rows()[0], update_actor=False)
-    assert all(torch.equal(a, b) for a, b in zip(start, targets_of(agent), strict=True))
-    agent.update(random_rows()[0], update_actor=True)
-    for before, now, online in zip(start, targets_of(agent), online_of(agent), strict=True):
-        torch.testing.assert_close(now, 0.995 * before + 0.005 * online, atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["td3bc", "iql"])
-def test_an_actor_update_moves_no_critic(kind):
-    networks = []
-    for update_actor in (True, False):
-        agent = make_agent(kind)
-        torch.manual_seed(1)
-        agent.update(random_rows()[0], update_actor)
-        networks.append([*agent.qf_parameters, *(agent.vf.parameters() if kind == "iql" else [])])
-    assert all(torch.equal(a, b) for a, b in zip(*networks, strict=True))
-
-
-@pytest.mark.parametrize("normalize", [True, False])
-def test_td3bc_standardises_observations_and_iql_only_if_asked(normalize):
-    obs = torch.randn(500, 11) * 3 + 1
-    td3bc = script.TD3BC(Args(normalize_obs=normalize), obs, 3)
-    torch.testing.assert_close(td3bc.actor.obs_mean, obs.mean(0))
-    torch.testing.assert_close(td3bc.qf1.obs_std, obs.std(0) + 1e-3)
-    iql = script.IQL(Args(normalize_obs=normalize, policy_delay=1), obs, 3, 1.0)
-    for network in (iql.actor, iql.qf1, iql.vf):
-        torch.testing.assert_close(network.obs_mean, obs.mean(0) if normalize else torch.zeros(11))
+@pytest.mark.parametrize("stored", [True, False])
+def test_agents_learn_at_real_pairs_from_their_own_futures(kind, stored, new_run, monkeypatch):
+    windows, batches = make_windows(), []
+    number = torch.arange(300.0)
+    futures = {"reward": number[:, None].repeat(1, STEPS), "ended": torch.zeros(300, STEPS, dtype=torch.bool)}
+    futures["obs"] = torch.zeros(300, STEPS, 2)
+    monkeypatch.setattr(script, "imagine_futures", lambda *a: {name: x[a[3]] for name, x in futures.items()})
+    monkeypatch.setattr(script, "evaluate", lambda *_: None)
+    agent_class = script.TD3BC if kind == "td3bc" else script.IQL
+    monkeypatch.setattr(agent_class, "update", lambda *a, update_actor: (batches.append((*a[1:], update_actor)), {})[1])
+    run = new_run(agent=kind, agent_updates=9, agent_batch_size=64, policy_delay=3)
+    script.train_agent(run.args, linear_dataset(10), windows, None, futures if stored else None, None, run)
+    for obs, action, future, _ in batches:
+        index = future["reward"][:, 0].long()
+        assert len(index) == 64
+        assert torch.equal(obs, windows.obs[windows.start[index]]) and torch.equal(action, windows.action[index])
+    assert torch.cat([batch[2]["reward"][:, 0] for batch in batches]).unique().numel() > 200  # of 300, drawn 576 times
+    assert [update_actor for *_, update_actor in batches] == [False, False, True] * 3
 
 
 # ---- The command line
 
+TOY_DWM = [*TOY_AGENT, *TOY_WORLD_MODEL]
+
+
+@pytest.fixture(scope="module")
+def dawm(toy) -> dict[str, str]:
+    """The kept stages of a run of dawm_td3bc.py."""
+    hopper_run("dawm_td3bc", toy, *TOY, "--exp-name", "before-dwm")
+    return json.loads(next((toy / "runs").glob("*__before-dwm__*/stages.json")).read_text())
+
+
+def test_the_world_model_is_made_by_the_code_of_dawm_td3bc():
+    assert stage_source(script.train_world_model) == stage_source(dawm_td3bc.train_world_model)
+
 
 @pytest.mark.parametrize(
-    "flags, policy_delay, lambda_return",
+    "options, loss",
     [
-        (dict(agent="td3bc"), 2, False),
-        (dict(agent="iql"), 1, True),
-        (dict(agent="td3bc", policy_delay=3, lambda_return=True), 3, True),
-        (dict(agent="iql", policy_delay=2, lambda_return=False), 2, False),
+        (["--agent", "iql", "--horizon", "7"], "agent/vf_loss"),
+        ("--rollouts online --lambda-return True --lambda-base printed --termination none".split(), "agent/bc_loss"),
     ],
 )
-def test_each_agent_has_its_own_defaults_and_flags_win(monkeypatch, flags, policy_delay, lambda_return):
-    class Stop(Exception):
-        pass
-
-    def check_args(args):
-        assert (args.policy_delay, args.lambda_return) == (policy_delay, lambda_return)
-        raise Stop
-
-    monkeypatch.setattr(script, "check_args", check_args)
-    with pytest.raises(Stop):
-        script.main(Args(**flags))
+def test_both_agents_reach_a_score_with_the_world_model_of_dawm_td3bc(options, loss, toy, dawm):
+    text = hopper_run("dwm_baseline", toy, *TOY_DWM, *options, "--exp-name", options[1])
+    (folder,) = (toy / "runs").glob(f"*__{options[1]}__*")
+    stages = json.loads((folder / "stages.json").read_text())
+    assert list(stages) == ["world model", *(["synthesize"] if "online" not in options else []), "agent"]
+    assert stages["world model"] == dawm["world model"] and f"world model      reused {dawm['world model']}" in text
+    logged = {key for line in (folder / "metrics.jsonl").read_text().splitlines() for key in json.loads(line)}
+    assert {"world_model/loss", "agent/qf_target", "eval/normalized_score", loss} <= logged
 
 
-def test_both_agents_online_and_stored_reach_a_score_with_the_world_model_of_dawm_td3bc(tmp_path):
-    toy = [*TOY_AGENT, *TOY_WORLD_MODEL]
-    hopper_command("dawm_td3bc.py", tmp_path, *TOY)
-    runs = [
-        ["--agent", "td3bc", "--rollouts", "online"],
-        ["--agent", "td3bc", "--rollouts", "stored"],
-        ["--agent", "iql", "--rollouts", "stored", "--simulation-horizon", "3", "--termination", "rule"],
-        ["--agent", "iql", "--rollouts", "online", "--lambda-base", "printed"],
-    ]
-    texts, stages = [], []
-    for number, options in enumerate(runs):
-        texts.append(hopper_command("dwm_baseline.py", tmp_path, *toy, *options, "--exp-name", f"dwm{number}"))
-        (folder,) = (tmp_path / "runs").glob(f"*dwm{number}*")
-        stages.append(json.loads((folder / "stages.json").read_text()))
-        assert f"world model      reused {stages[-1]['world model']}" in texts[-1]
-        assert (folder / "actor.safetensors").exists() and "final" in texts[-1]
-        facts = json.loads((folder / "args.json").read_text())["args"]
-        assert DEFAULTS[facts["agent"]].items() <= facts.items()
-        logged = {name for line in (folder / "metrics.jsonl").read_text().splitlines() for name in json.loads(line)}
-        agents = {"td3bc": "agent/bc_loss", "iql": "agent/vf_loss"}
-        assert {"world_model/loss", "agent/qf_target", "eval/normalized_score", agents[facts["agent"]]} <= logged
-    assert [list(names) for names in stages] == [
-        ["world model"], ["world model", "rollouts"], ["world model", "rollouts"], ["world model"],
-    ]  # fmt: skip
-    assert stages[1] == stages[2] and f"reused {stages[2]['rollouts']}" not in texts[1]
-    assert f"rollouts         reused {stages[2]['rollouts']}" in texts[2]
+def test_a_finished_run_is_loaded_in_another_process(toy, monkeypatch):
+    """Its actor acts as the one that was trained here, to the bit, and so do the stored futures."""
+    arguments = hopper_arguments(toy, *TOY_DWM, "--exp-name", "to-load")
+    monkeypatch.setattr(sys, "argv", ["dwm_baseline.py", *map(str, arguments)])
+    made = script.main(parse_args(Args, script.LAPTOP))
+    child = context.Process(target=load_and_act, args=(made.run.folder, toy / "actions.pt"))
+    child.start()
+    child.join()
+    action, futures = torch.load(toy / "actions.pt", weights_only=True)
+    assert torch.equal(action, act(made)) and action.abs().max() > 0
+    assert all(torch.equal(futures[name], made.futures[name]) for name in ("reward", "ended", "obs"))
+
+
+def load_and_act(folder, path):
+    parts = script.load_run(folder)
+    torch.save((act(parts), parts.futures), path)
+
+
+@torch.no_grad()
+def act(parts: SimpleNamespace) -> torch.Tensor:
+    return parts.actor(torch.as_tensor(parts.dataset.obs))
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["--agent", "sac"], "invalid choice 'sac' for argument '--agent'. Expected one of ('td3bc', 'iql')"),
-        (["--simulation-horizon", "8"], "--simulation-horizon 8 is above --model-horizon 7; lower it or raise that"),
+        (["--horizon", "8"], "--horizon 8 is above --model-horizon 7; raise that too"),
+        (["--sampling-steps", "6"], "--sampling-steps 6 is above --diffusion-steps 5"),
+        (["--unet-width", "12"], "--unet-width 12 must be 8, 16, ..."),
         (["--lambda-weight", "1.5"], "--lambda-weight 1.5 lies outside [0, 1]"),
         (["--agent", "iql", "--expectile", "1"], "--expectile 1.0 lies outside [0.001, 0.999]"),
     ],
 )
-def test_bad_input_is_one_line_and_code_2(arguments, message, tmp_path, capsys):
-    assert message in refusal(script, arguments, tmp_path, capsys)
+def test_bad_input_is_one_line_and_code_2(arguments, message, tmp_path, capsys, monkeypatch):
+    assert message in refusal(script, arguments, tmp_path, capsys, monkeypatch)

@@ -17,9 +17,11 @@ import pytest
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
+from toy import child
 from tqdm import tqdm
 
 from common import UserError, data
+from common.cli import tell
 from common.evaluation import make_env
 from local_datasets import card, collect, train_behavior
 from local_datasets.collect import Args
@@ -274,42 +276,35 @@ def test_exit_code_and_one_line(made_up):
 
 # ---- Training and export
 
-TOY = ("--total-steps", 600, "--snapshot-every", 200, "--learning-starts", 100, "--eval-episodes", 2)
-TOY += ("--actor-width", 8, "--critic-width", 8, "--batch-size", 8, "--checkpoint-every", 0)
+
+def train(folder: Path, checkpoint_every: float) -> None:
+    args = train_behavior.Args(total_steps=600, snapshot_every=200, learning_starts=100, eval_episodes=2, batch_size=8)
+    args.actor_width = args.critic_width = 8
+    args.folder, args.checkpoint_every = folder, checkpoint_every
+    tell(lambda: train_behavior.main(args))
 
 
-def test_killed_training_resumes_to_the_same_policies(made_up):
-    whole = start("train_behavior.py", *TOY, "--folder", "whole", cwd=made_up)
-    killed = start("train_behavior.py", *TOY, "--folder", "killed", cwd=made_up)
-    wait_for((made_up / "killed" / "hopper" / "snapshots.csv").exists, killed)
-    killed.kill()  # SIGKILL, after step 200
-    killed.communicate()
-    output, errors = whole.communicate()
-    assert whole.returncode == 0, errors
-    resumed = start("train_behavior.py", *TOY, "--folder", "killed", cwd=made_up)
-    output, errors = resumed.communicate()
-    assert resumed.returncode == 0 and "resumed" in output, errors
-    same_policies(made_up)
+@pytest.mark.parametrize(
+    ("number", "code", "checkpoint_every"), [(signal.SIGKILL, -signal.SIGKILL, 0), (signal.SIGTERM, 75, 1000)]
+)
+def test_an_interrupted_training_ends_with_the_same_policies(tmp_path, number, code, checkpoint_every):
+    """Killed, or stopped in mid-episode with a checkpoint of its own: the same files to the byte."""
 
+    def start(name: str, log: str):
+        return child(train, tmp_path / name, checkpoint_every, log=tmp_path / log)
 
-def same_policies(made_up):
+    whole, stopped = start("whole", "whole.log"), start("stopped", "stopped.log")
+    while not (tmp_path / "stopped" / "hopper" / "snapshots" / "0000200.safetensors").exists():
+        time.sleep(0.001)
+    os.kill(stopped.pid, number)
+    stopped.join()
+    assert stopped.exitcode == code, (tmp_path / "stopped.log").read_text()
+    again = start("stopped", "again.log")
+    again.join(), whole.join()
+    assert again.exitcode == whole.exitcode == 0 and "resumed" in (tmp_path / "again.log").read_text()
     for name in ("snapshots.csv", *(f"snapshots/{step:07d}.safetensors" for step in (200, 400, 600))):
-        one, other = (made_up / run / "hopper" / name for run in ("whole", "killed"))
+        one, other = (tmp_path / run / "hopper" / name for run in ("whole", "stopped"))
         assert one.read_bytes() == other.read_bytes(), name
-
-
-def test_stopped_training_goes_on_in_the_middle_of_an_episode(made_up):
-    """SIGTERM: a checkpoint, exit code 75, and at the end the same policies to the byte."""
-    whole = start("train_behavior.py", *TOY, "--folder", "whole", cwd=made_up)
-    words = [*TOY[:-1], 1000, "--folder", "killed"]  # no checkpoint but the signal's
-    process = start("train_behavior.py", *words, cwd=made_up)
-    wait_for((made_up / "killed" / "hopper" / "snapshots" / "0000200.safetensors").exists, process)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate()
-    assert process.returncode == 75, errors
-    assert "stopped by SIGTERM at step" in errors and "; to go on: " in errors
-    assert start("train_behavior.py", *words, cwd=made_up).wait() == 0 and whole.wait() == 0
-    same_policies(made_up)
 
 
 def write_run(folder: Path, returns: list[float]) -> None:

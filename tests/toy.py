@@ -1,23 +1,38 @@
-"""Small data and short commands for the tests of the scripts."""
+"""Small data, and short runs of the scripts in children of one warm process: starting Python costs more than they do."""
 
+import importlib
+import multiprocessing
 import os
-import subprocess
 import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
 import pytest
+import torch
 
 from common.data import OfflineDataset
 from common.evaluation import make_env
+from common.run import Run
+from dawm_td3bc import Args
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(env_id="linear", unet_width=16, unet_multipliers=(1, 2), device="cpu")
 
 TOY_AGENT = "--laptop --agent-updates 40 --eval-every 20 --eval-episodes 2 --log-every 10 --device cpu".split()
 TOY_WORLD_MODEL = "--world-model-steps 30 --unet-width 8".split()
 TOY_IDM = "--idm-steps 20 --idm-width 16".split()
 TOY = [*TOY_AGENT, *TOY_WORLD_MODEL, *TOY_IDM]
+
+# Children are forked from a process that has imported everything and has one thread: forking the test process itself,
+# which has many, is what Python warns about. conftest.py starts it.
+SCRIPTS = ["dawm_td3bc", "dawm_iql", "dwm_baseline", "baselines.decision_diffuser", "baselines.ssorl"]
+SCRIPTS += ["variants.joint_td3bc"]
+SLOW_TO_IMPORT = ["torch._dynamo", "torch.utils.tensorboard", "matplotlib.backends.backend_agg", "pytest"]
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload([*SLOW_TO_IMPORT, *SCRIPTS])
 
 
 def linear_dataset(episodes=40, length=30, terminated=False, seed=0) -> OfflineDataset:
@@ -35,12 +50,14 @@ def linear_dataset(episodes=40, length=30, terminated=False, seed=0) -> OfflineD
         return array.reshape(episodes * length, *array.shape[2:]).astype(np.float32)
 
     return OfflineDataset(
-        "linear", "test", "", "", "Linear-v0", {}, "stock", "", flat(obs[:, :-1]), flat(action), flat(obs[:, :-1, 0]),
-        flat(obs[:, 1:]), ends.reshape(-1), np.full(episodes, length), np.ones(episodes, bool),
+        env_id="linear", source="test", path="", sha256="", note="", spec=None, physics="stock",
+        obs=flat(obs[:, :-1]), action=flat(action), reward=flat(obs[:, :-1, 0]), next_obs=flat(obs[:, 1:]),
+        terminated=ends.reshape(-1), lengths=np.full(episodes, length), complete=np.ones(episodes, bool),
+        action_low=-np.ones(2, np.float32), action_high=np.ones(2, np.float32), healthy_low=None, healthy_high=None,
     )  # fmt: skip
 
 
-def hopper_file(path, episodes=12, length=40):
+def hopper_file(path: Path, episodes=12, length=40) -> Path:
     """Random play in Hopper, in D4RL's layout."""
     env, rng, rows = make_env("Hopper-v4", "d4rl"), np.random.default_rng(0), []
     for episode in range(episodes):
@@ -60,34 +77,79 @@ def hopper_file(path, episodes=12, length=40):
     return path
 
 
-def folders_below(path):
-    return "--run-dir", path / "runs", "--stage-dir", path / "stages"
+def new_run(folder: Path, fingerprint="data", **changes) -> Run:
+    """An open run on a data set of which nothing but the fingerprint is known."""
+    args = Args(**dict(env_id="test", device="cpu", run_dir=folder / "runs", stage_dir=folder / "stages") | changes)
+    facts = dict.fromkeys(("source", "path", "sha256", "note", "simulator"), "")
+    facts |= dict(env_id="test", fingerprint=fingerprint, episodes=1, complete_episodes=1, steps=1, mean_return=None)
+    run = Run(args)
+    run.open(SimpleNamespace(facts=lambda: facts), SimpleNamespace(physics="stock"))
+    return run
 
 
-def command(script, *arguments, **environment):
-    """Run a script of the repository, as a user would."""
-    return subprocess.run(
-        [sys.executable, script, *map(str, arguments)],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True,
-    )  # fmt: skip
+def child(function, *arguments, log: Path, **environment) -> multiprocessing.Process:
+    """function(*arguments) in a child with this process's environment, whose output goes to `log`."""
+    environment = {**os.environ, **environment}
+    process = context.Process(target=_in_child, args=(function, arguments, log, environment), daemon=True)
+    process.start()
+    return process
 
 
-def hopper_command(script, folder, *options) -> str:
-    """A script on toy Hopper data, everything it writes below `folder` -> its standard output."""
+def _in_child(function, arguments: tuple, log: Path, environment: dict) -> None:
+    torch.set_num_threads(1)
+    os.chdir(ROOT)
+    os.environ.update(environment)
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(handle, 1), os.dup2(handle, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    function(*arguments)
+
+
+def run_script(module: str, arguments: list[str]) -> None:
+    """`python -m module arguments`, in this process. Without its picture, which takes as long as all else."""
+    Run._plot = lambda run: None
+    sys.argv = [f"{module.replace('.', '/')}.py", *arguments]
+    script = importlib.import_module(module)
+    script.run_script(script.main, script.Args, script.LAPTOP, getattr(script, "PRESETS", None))
+
+
+def start(module: str, arguments, log: Path, **environment) -> multiprocessing.Process:
+    """`python -m module arguments` as a child that writes what it prints to `log`."""
+    return child(run_script, module, [str(a) for a in arguments], log=log, **environment)
+
+
+def run(module: str, arguments, folder: Path, **environment) -> SimpleNamespace:
+    """A whole run -> exit code, and all that it printed."""
+    log = folder / f"log-{time.monotonic_ns()}.txt"
+    process = start(module, arguments, log, **environment)
+    process.join()
+    return SimpleNamespace(code=process.exitcode, text=log.read_text())
+
+
+def folders_below(path: Path) -> list:
+    return ["--run-dir", path / "runs", "--stage-dir", path / "stages"]
+
+
+def hopper_arguments(folder: Path, *options) -> list:
+    """Arguments for a run on toy Hopper data, everything it writes below `folder`."""
     data = folder / "data.hdf5"
     if not data.exists():
         hopper_file(data)
-    arguments = "--env-id", "hopper-medium-v2", "--data-path", data, *folders_below(folder), *options
-    result = command(script, *arguments, DAWM_CACHE_DIR=str(folder / "cache"))
-    assert result.returncode == 0, result.stderr[-2000:]
-    return result.stdout
+    return ["--env-id", "hopper-medium-v2", "--data-path", data, *folders_below(folder), *options]
 
 
-def refusal(script, arguments, folder, capsys) -> str:
-    """What a script's command line says to bad arguments: one line, exit code 2, and no run folder left."""
+def hopper_run(module: str, folder: Path, *options) -> str:
+    """A script on toy Hopper data -> what it printed."""
+    result = run(module, hopper_arguments(folder, *options), folder)
+    assert result.code == 0, result.text[-2000:]
+    return result.text
+
+
+def refusal(script, arguments, folder, capsys, monkeypatch) -> str:
+    """What a script's command line says to bad arguments, in this process: one line, code 2, and no run folder left."""
     arguments = [*arguments, *map(str, folders_below(folder))]
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(sys, "argv", [f"{script.__name__}.py", *arguments])
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
         script.run_script(script.main, script.Args, script.LAPTOP, getattr(script, "PRESETS", None))
     assert stop.value.code == 2 and not list(folder.rglob("*__*"))
     error = capsys.readouterr().err

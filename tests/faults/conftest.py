@@ -3,16 +3,6 @@
 import pytest
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "full: only with --full")
-
-
-def pytest_collection_modifyitems(config, items):
-    for item in items:
-        if item.get_closest_marker("full") and not config.getoption("--full"):
-            item.add_marker(pytest.mark.skip(reason="with --full"))
-
-
 @pytest.fixture
 def trials(request):
     """trials(few, many): how many to make."""

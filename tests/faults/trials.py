@@ -1,120 +1,122 @@
-"""Runs of the scripts as children of the test process: started by fork, so that hundreds of kills take minutes."""
+"""Runs of all commands, and stages of a few steps, for children that are killed, signalled and compared."""
 
-import importlib
 import json
 import os
 import random
 import signal
-import sys
 import threading
-import traceback
+import time
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from toy import child, hopper_arguments, new_run, run_script
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common.files
+import common.stages
+from common.cli import Signals
 
-from toy import hopper_file
-
-import common.run
+KILL, TERM, USR1, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
 
 SMALL = "--unet-width 8 --world-model-steps 120".split()
 IDM = "--idm-steps 120 --idm-width 16".split()
 AGENT = "--agent-updates 120 --eval-every 60 --eval-episodes 2".split()
+ROLLOUTS = "--synthesis-batch-size 32".split()
 ONLINE = "--synthesis online --agent-updates 24 --eval-every 12 --agent-batch-size 16".split()
-# Every script, and every stage that it has.
-RUNS = {
-    "dawm_td3bc": ("dawm_td3bc", [*SMALL, *IDM, *AGENT, "--synthesis-batch-size", "32"]),
+# Every command, with every stage that it has.
+COMMANDS = {
+    "dawm_td3bc": ("dawm_td3bc", [*SMALL, *IDM, *AGENT, *ROLLOUTS]),
     "dawm_td3bc-online": ("dawm_td3bc", [*SMALL, *IDM, *AGENT, *ONLINE]),
-    "dawm_iql": ("dawm_iql", [*SMALL, *IDM, *AGENT, "--synthesis-batch-size", "32"]),
-    "dwm_baseline-td3bc": ("dwm_baseline", [*SMALL, *AGENT, "--synthesis-batch-size", "32"]),
+    "dawm_iql": ("dawm_iql", [*SMALL, *IDM, *AGENT, *ROLLOUTS]),
+    "dwm_baseline-td3bc": ("dwm_baseline", [*SMALL, *AGENT, *ROLLOUTS]),
     "dwm_baseline-iql": ("dwm_baseline", [*SMALL, *AGENT, "--agent", "iql", "--rollouts", "online"]),
-    "ssorl_baseline-td3bc": ("ssorl_baseline", [*IDM, *AGENT, "--label-fraction", "0.3"]),
-    "ssorl_baseline-iql": ("ssorl_baseline", [*IDM, *AGENT, "--agent", "iql", "--label-fraction", "0.3"]),
-    "dd_baseline": ("dd_baseline", [*SMALL, "--idm-width", "16", "--plan-horizon", "8", "--eval-episodes", "2"]),
+    "ssorl-td3bc": ("baselines.ssorl", [*IDM, *AGENT, "--label-fraction", "0.3"]),
+    "ssorl-iql": ("baselines.ssorl", [*IDM, *AGENT, "--agent", "iql", "--label-fraction", "0.3"]),
+    "decision_diffuser": ("baselines.decision_diffuser", [*SMALL, *IDM, "--plan-horizon", "8", "--eval-episodes", "2"]),
+    "joint_td3bc": ("variants.joint_td3bc", [*SMALL, *AGENT, *ROLLOUTS]),
 }
 
 
 def command(name: str, folder: Path, *more: str) -> tuple[str, list[str]]:
-    """Script and arguments of one of RUNS, with all that it writes below `folder`, which is made."""
+    """Module and arguments of one of COMMANDS, with all that it writes below `folder`, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
-    data = folder.parent / "data.hdf5"
-    if not data.exists():
-        hopper_file(data)
-    script, arguments = RUNS[name]
-    shared = (
-        f"--env-id hopper-medium-v2 --data-path {data} --run-dir {folder / 'runs'} --stage-dir {folder / 'stages'} "
-    )
-    shared += "--laptop --device cpu --log-every 20 --checkpoint-every 5e-4"
-    return script, [*shared.split(), *arguments, *more]
+    module, arguments = COMMANDS[name]
+    shared = "--laptop --device cpu --log-every 20 --checkpoint-every 5e-4".split()
+    return module, [str(word) for word in hopper_arguments(folder, *shared, *arguments, *more)]
 
 
-def child(function, log: Path) -> int:
-    """Start function() in a fork, its output in `log` -> process id. Exit codes are those of a real run."""
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 70  # of an exception that nobody caught
-    try:
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        os.dup2(output, 1), os.dup2(output, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-        function()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code or 0
-    except BaseException:
-        traceback.print_exc()
-    os._exit(code)
-
-
-def run_script(script: str, arguments: list[str], stop_in: str | None = None, share: float = 0.0, number: int = 0):
-    """The script's command line, in this process. In stage `stop_in`, after `share` of its items, comes a signal.
+def run_and_stop(module: str, arguments: list[str], stop_in: str, share: float, number: int, seed: int) -> None:
+    """The script's command line, in this process. In stage `stop_in`, after `share` of its steps, comes a signal.
 
     It comes from a thread of its own, some microseconds to milliseconds later: anywhere in the code.
     """
-    module = importlib.import_module(script)
-    sys.argv = [f"{script}.py", *arguments]
-    over = common.run.Stage.over
+    over, delay = common.stages.Stage.over, random.Random(seed).uniform(0, 0.02)
 
     def watched(stage, items):
         armed = stage.name == stop_in
         for item in over(stage, items):
             if armed and stage.done >= int(share * len(items)):
                 armed = False
-                threading.Timer(random.uniform(0, 0.02), os.kill, (os.getpid(), number)).start()
+                threading.Timer(delay, os.kill, (os.getpid(), number)).start()
             yield item
 
-    if stop_in:
-        common.run.Stage.over = watched
-    module.run_script(module.main, module.Args, module.LAPTOP, getattr(module, "PRESETS", None))
+    common.stages.Stage.over = watched
+    run_script(module, arguments)
 
 
-def finish(script: str, arguments: list[str], log: Path, **stop) -> int:
-    """Run to the end -> exit code, or minus the signal that ended it."""
-    pid = child(lambda: run_script(script, arguments, **stop), log)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def run_as_other_code(module: str, arguments: list[str]) -> None:
+    common.run._code_of = lambda args: "other"
+    run_script(module, arguments)
+
+
+def finish(function, *arguments, log: Path) -> int:
+    """function(*arguments) in a child -> exit code, or minus the signal that ended it."""
+    process = child(function, *arguments, log=log)
+    process.join()
+    return process.exitcode
+
+
+def text_of(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def wait_for(condition) -> None:
+    stop = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < stop, "what was waited for never came"
+        time.sleep(0.002)
+
+
+# ---- What a run gives
 
 
 def outcome(folder: Path) -> dict:
     """All that a finished run gives: metrics without times, weights and kept results, TensorBoard's numbers."""
     (run,) = (folder / "runs").iterdir()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    files = [run / "actor.safetensors"] if (run / "actor.safetensors").exists() else []
-    files += sorted((folder / "stages").glob("*/tensors.safetensors"))
+    results = [*run.glob("*.safetensors"), *(folder / "stages").glob("*.safetensors")]
     assert (run / "summary.txt").exists() and not list(folder.rglob("*.pt"))
     return {
-        "metrics": [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines],
-        "files": {
-            f"{file.parent.name if 'stages' in str(file) else ''}/{file.name}": file.read_bytes() for file in files
-        },
+        "metrics": [without_times(line) for line in lines],
+        "results": {path.name: result(path) for path in results},
         "tensorboard": tensorboard(run),
     }
 
 
+def without_times(values: dict) -> dict:
+    return {name: value for name, value in values.items() if not name.startswith("time/")}
+
+
+def result(path: Path) -> tuple:
+    """A kept result but for its times: what it depends on, its metrics, its tensors to the bit."""
+    with safe_open(path, "pt") as file:
+        manifest = json.loads(file.metadata()["manifest"])
+        tensors = {name: file.get_tensor(name).numpy().tobytes() for name in sorted(file.keys())}
+    return manifest["depends"], [(step, without_times(values)) for step, values in manifest["metrics"]], tensors
+
+
 def tensorboard(run: Path) -> dict[str, list[tuple[int, float]]]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # slow to import
 
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
@@ -123,11 +125,71 @@ def tensorboard(run: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def stages_of(folder: Path) -> list[str]:
-    """The stages that left checkpoints, in order, from a run's closing table."""
-    (summary,) = (folder / "runs").glob("*/summary.txt")
-    names = ["world model", "decision diffuser", "inverse dynamics", "synthesis", "rollouts", "agent"]
-    return [name for name in names if f"\n{name} " in "\n" + summary.read_text()]
+    (stages,) = (folder / "runs").glob("*/stages.json")
+    return list(json.loads(stages.read_text()))
 
 
-torch.set_num_threads(1)
-KILL, TERM, USR1, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
+# ---- Stages of a few steps
+
+
+class Counter(torch.nn.Module):
+    """Half a megabyte that all says the same number."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("number", torch.zeros(2**17))
+
+
+def counting(folder: Path, keeps=None, total: int = 10**6):
+    """A stage that writes a checkpoint at every step."""
+    run = new_run(folder, checkpoint_every=1e-9)
+    return run.stage(counting, total, "step", keeps=keeps or Counter())
+
+
+def count_for_ever(folder: Path) -> None:
+    counter = Counter()
+    with counting(folder, counter) as stage:
+        print("begun")
+        for step in stage:
+            counter.number.fill_(step)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    return sorted((folder / "stages").glob(".counting-*/*.pt"))
+
+
+def make(folder: Path, die: str = "") -> None:
+    """A kept stage, told as "made" or "found". Whoever makes it writes a line to `makers` and waits for a file `go`."""
+    if die == "while saving":
+        common.stages.save_file = save_half
+    if die == "before the checksum":
+        common.files.sha256_of = die_at_once
+    if die == "before the rename":
+        Path.replace = lambda path, target: die_at_once() if target.suffix == ".safetensors" else path.rename(target)
+    counter, run = Counter(), new_run(folder)
+    with run.stage(make, 3, "step", keeps=counter) as stage:
+        for step in stage:
+            if step == 1:
+                with open(folder / "makers", "a") as file:
+                    file.write(f"{os.getpid()}\n")
+            while not (folder / "go").exists():
+                time.sleep(0.005)
+            counter.number.fill_(step)
+    assert (counter.number == 3).all()
+    print("found" if stage.found else "made")
+
+
+def die_at_once(*_) -> None:
+    os.kill(os.getpid(), KILL)
+
+
+def save_half(tensors, path, header) -> None:
+    Path(path).write_bytes(b"half")
+    die_at_once()
+
+
+def endless() -> None:
+    with Signals():
+        print("begun")
+        while True:
+            time.sleep(0.01)

@@ -1,0 +1,177 @@
+"""A script's command line: the arguments that all share, ranges, errors in one line, signals."""
+
+import dataclasses
+import errno
+import io
+import itertools
+import math
+import os
+import shlex
+import signal
+import sys
+import typing
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from common import UserError
+from common.files import disk_trouble
+
+# Types of arguments; the tuple holds the smallest and the largest value that makes sense.
+Share = Annotated[float, (0, 1)]
+Count = Annotated[int, (1, math.inf)]
+Seed = Annotated[int, (0, 2**31)]
+Rate = Annotated[float, (1e-8, 1)]
+Amount = Annotated[float, (0, 100)]
+
+STOPPED = 75  # exit code of a run that a signal stopped and that can go on: EX_TEMPFAIL of sysexits.h, "try again"
+GRACE = 4  # seconds from a signal to the end, unless a checkpoint is being written
+
+
+@dataclass
+class RunArgs:
+    env_id: str = "hopper-medium-v2"  # D4RL name, local/ROBOT/QUALITY-v0 (made here), or any Minari id
+    data_path: Path | None = None  # a file in D4RL's HDF5 layout to read instead of the published one
+    laptop: bool = False  # defaults for two CPU cores and ten minutes instead of the paper's; any flag given still wins
+    seed: Seed = 0  # seed of the agent; the generative stages have their own
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU if there is one
+    threads: Annotated[int, (0, 1024)] = 0  # CPU threads of torch, 0: its own choice; last digits depend on it
+    tf32: bool = False  # on a GPU, products and convolutions of 10 mantissa bits instead of 23: faster, less exact
+    compile: bool = False  # torch.compile for the denoiser: minutes to start, then faster (docs/speed.md)
+    run_dir: Path = Path("runs")  # each run makes a folder of its own in here
+    exp_name: str = ""  # part of the folder's name; the script's name if empty
+    track: bool = False  # log to Weights & Biases too
+    wandb_project: str = "dawm"  # project for --track
+    log_every: Count = 500  # gradient updates between two logged metrics
+    stage_dir: Path = Path("runs/stages")  # world models and synthetic sets are kept here, for all runs that want them
+    checkpoint_every: Annotated[float, (0, math.inf)] = 5.0  # minutes between two checkpoints of a stage; 0: none
+    eval_every: Count = 5_000  # agent updates between two evaluations [TD3BC]
+    eval_episodes: Count = 10  # episodes per evaluation [DWM]
+    physics: Literal["auto", "d4rl", "stock"] = "auto"  # capsule masses of the simulator; auto: the data's
+
+
+def run_script(main, args_class: type, laptop: dict, presets: dict[str, dict] | None = None) -> None:
+    """main(args) from the command line. --preset NAME starts from the defaults presets[NAME], --laptop from `laptop`,
+    which wins over a preset; any flag given still wins. Bad input ends with code 2, a signal with 75.
+    """
+    tell(lambda: main(parse_args(args_class, laptop, presets)))
+
+
+def parse_args(args_class: type, laptop: dict, presets: dict[str, dict] | None = None):
+    words = " ".join(sys.argv[1:]).replace("--preset=", "--preset ").split()
+    named = [(presets or {}).get(value, {}) for flag, value in itertools.pairwise(words) if flag == "--preset"]
+    defaults = args_class(**((named[-1] if named else {}) | (laptop if "--laptop" in words else {})))
+    told = io.StringIO()
+    try:
+        with redirect_stderr(told):
+            args = tyro.cli(args_class, default=defaults, description=sys.modules[args_class.__module__].__doc__)
+    except SystemExit as stop:
+        if not stop.code:
+            raise  # --help
+        raise UserError(_one_line(told.getvalue()))
+    check_ranges(args)
+    return args
+
+
+def check_ranges(args) -> None:
+    """UserError for a number outside the range in its field's annotation, or NaN; None and words pass."""
+    for name, hint in typing.get_type_hints(type(args), include_extras=True).items():
+        value = getattr(args, name)
+        numbers = [x for x in (value if isinstance(value, tuple) else [value]) if type(x) in (int, float)]
+        for part in (hint, *typing.get_args(hint)):
+            for low, high in getattr(part, "__metadata__", ()):
+                for number in numbers:
+                    if not low <= number <= high:
+                        limit = f"must be {low} or more" if high == math.inf else f"lies outside [{low}, {high}]"
+                        raise UserError(f"--{name.replace('_', '-')} {number} {limit}")
+
+
+def _one_line(box: str) -> str:
+    """What tyro says in a box of several lines: the message, and the first option that it suggests."""
+    lines = [line.strip("│ ") for line in box.strip().splitlines()]
+    groups = [list(group) for rule, group in itertools.groupby(lines, lambda line: not line.strip("─-")) if not rule]
+    # A drawn box has the title in its first line; where it cannot be drawn, the title stands above a rule.
+    message = groups[0][1:] if groups[0][0].startswith("╭") else groups[1]
+    meant = [group[1].split()[0] for group in groups if group[0] == "Perhaps you meant:"]
+    return "; ".join([" ".join(message).rstrip("."), *(f"perhaps {x}" for x in meant), "--help lists all arguments"])
+
+
+def args_of(stored: dict, args_class: type):
+    """args_class from what args.json holds of it; UserError if another version of the script wrote that."""
+    fields = {field.name: field.type for field in dataclasses.fields(args_class)}
+    if set(stored) != set(fields):
+        raise UserError(
+            f"made by another version of the script ({', '.join(sorted(set(stored) ^ set(fields)))} differ)"
+        )
+    plain = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
+    paths = [name for name, kind in fields.items() if kind in (Path, Path | None) and plain[name] is not None]
+    return args_class(**plain | {name: Path(plain[name]) for name in paths})
+
+
+class Stopped(Exception):
+    """A signal asked for the end, and the run has reached a place where it can be left."""
+
+
+class Signals:
+    """SIGTERM, SIGUSR1 and Ctrl-C only leave a note, which stages read between two units of work.
+
+    If none does within the grace period, the run ends anyhow; what is on disk is whole, and at most the time since the
+    last checkpoint is lost. A second Ctrl-C ends at once.
+    """
+
+    received: str | None = None
+    saving = False  # a checkpoint is being written: it is finished first
+
+    def __enter__(self):
+        Signals.received = None
+        handlers = dict.fromkeys((signal.SIGTERM, signal.SIGUSR1, signal.SIGINT), self._note)
+        self.before = {n: signal.signal(n, h) for n, h in {**handlers, signal.SIGALRM: self._leave}.items()}
+
+    def __exit__(self, *_):
+        signal.alarm(0)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, _frame) -> None:
+        if Signals.received and number == signal.SIGINT:
+            os._exit(130)
+        if not Signals.received:
+            Signals.received = signal.Signals(number).name
+            signal.alarm(GRACE)
+
+    def _leave(self, _number, _frame) -> None:
+        if Signals.saving:
+            signal.alarm(1)
+            return
+        print(
+            f"\nstopped by {Signals.received}, between two checkpoints; {how_to_go_on()}", file=sys.stderr, flush=True
+        )
+        os._exit(STOPPED)
+
+
+def how_to_go_on() -> str:
+    return f"to go on: {shlex.join([Path(sys.executable).name, *sys.argv])}"
+
+
+def tell(main) -> None:
+    """main(), with signals heeded, and bad input or a full disk told in one line."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
+    try:
+        with Signals():
+            main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Stopped as stop:
+        print(f"stopped by {Signals.received} {stop}; {how_to_go_on()}", file=sys.stderr)
+        sys.exit(STOPPED)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
+            raise
+        print(f"error: {disk_trouble(error.filename or '.', error)}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,114 @@
+"""One way to write a file whole or not at all, one to check that it is still what was written, one lock."""
+
+import errno
+import hashlib
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from common import UserError
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_whole(path: Path, write, checksum: bool = False) -> None:
+    """write(binary file) into a new file that then takes the name `path`, on the disk whole or not at all.
+
+    With `checksum` its sha256 is put beside it first: a file without one was never finished.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if checksum:
+            write_whole(_beside(path), lambda file: file.write(sha256_of(temporary).encode()))
+        temporary.replace(path)
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_whole(path, lambda file: file.write(text.encode(errors="surrogateescape")))
+
+
+def check_whole(path: Path, way_out: str) -> None:
+    """UserError unless the sha256 of `path` is the one beside it."""
+    beside = _beside(path)
+    if not beside.exists() or beside.read_bytes() != sha256_of(path).encode():
+        raise UserError(f"{path} is damaged (its sha256 is not that of {beside.name} beside it); {way_out}")
+
+
+def remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    _beside(path).unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def sync(path: Path) -> None:
+    """Have a file or folder on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def take_lock(path: Path, waiting=None) -> FileLock | None:
+    """The lock on `path`, once no other process has it; waiting() tells the user so. Without `waiting`, UserError if
+    another has it. None where the file system knows no locks: two runs of one command must not meet there.
+    """
+    lock = FileLock(f"{path}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if waiting is None:
+            raise UserError(f"another process has {path} in hand; wait for it, or stop it")
+        waiting()
+        lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        if getattr(error, "errno", errno.ENOSYS) not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        print(
+            f"note             {path.parent} is on a file system without locks: start no second run of the same there"
+        )
+        return None
+    return lock
+
+
+@contextmanager
+def locked(path: Path, waiting=None):
+    """`take_lock` for the length of a block."""
+    lock = take_lock(path, waiting)
+    try:
+        yield
+    finally:
+        if lock:
+            lock.release()
+
+
+def disk_trouble(path, error: Exception) -> str:
+    """One line: what could not be written, why, how much space is left, and the way on."""
+    place = Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free / 2**20
+    why = getattr(error, "strerror", None) or error
+    return f"cannot write {path} ({why}; {free:,.0f} MiB free there); make room and give the same command again"
+
+
+def one_line(error: Exception) -> str:
+    """The error's own words in one line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,387 @@
+"""baselines/decision_diffuser.py: windows, losses, sampler and planner against oracles and plain loops, and the script
+from its command line to load_run.
+
+What it has from dawm_td3bc.py to the letter (test_source.py) is tested there.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from toy import TINY, child, hopper_arguments, hopper_run, linear_dataset, refusal, run, start
+
+from baselines import decision_diffuser as script
+from baselines.decision_diffuser import LAPTOP, PRESETS, Args
+from common.cli import check_ranges, parse_args
+
+SMALL = dict(TINY, plan_horizon=8, idm_width=16, target_return=0.5)
+TOY = "--laptop --eval-episodes 2 --log-every 5 --device cpu --world-model-steps 60 --unet-width 8".split()
+TOY += "--idm-width 16 --plan-horizon 8".split()
+
+
+class Function(nn.Module):
+    """Any function in the place of a network."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.forward = function
+
+
+def make_windows(dataset=None, **changes):
+    return script.Windows(Args(**SMALL | changes), dataset or linear_dataset(), torch.device("cpu"))
+
+
+def make_model(dataset=None, **changes):
+    """In float64, so that what must be equal is equal to its rounding on any machine."""
+    args, windows = Args(**SMALL | changes), make_windows(dataset, **changes)
+    windows.obs = windows.obs.double()
+    return args, windows, script.DecisionDiffuser(args, windows).double().eval()
+
+
+def normal(*shape):
+    return lambda: torch.randn(*shape, dtype=torch.float64)
+
+
+# ---- Section 2: windows
+
+
+@pytest.mark.parametrize("terminated", [True, False])
+def test_windows_against_a_plain_loop(terminated):
+    """Window i starts at real pair i; after a fall it repeats the last state and knows no action."""
+    dataset = linear_dataset(episodes=3, length=10, terminated=terminated)
+    windows = make_windows(dataset, world_model_holdout=0.5)
+    rows = windows.rows(torch.arange(30))
+    for pair in range(30):
+        episode, step = divmod(pair, 10)
+        fits = step + 7 <= 10  # 11 states hold 4 windows of 8
+        assert windows.usable[pair] == (fits or terminated)
+        for at in range(step, step + 8) if windows.usable[pair] else ():
+            row = episode * 10 + min(at, 9)
+            state = dataset.obs[row] if at < 10 else dataset.next_obs[row]
+            assert np.array_equal(windows.obs[rows[pair, at - step]], state)
+            action = windows.action[rows[pair, at - step]].numpy()
+            assert np.array_equal(action, dataset.action[row]) if at < 10 else np.isnan(action).all()
+    train, held_out = (set(index.tolist()) for index in (windows.train, windows.held_out))
+    assert train | held_out == set(windows.usable.nonzero()[:, 0].tolist())
+    assert len({pair // 10 for pair in train}) == 1 and not {pair // 10 for pair in train & held_out}
+
+
+def test_the_penalty_is_taken_from_the_last_reward_of_a_fallen_episode():
+    fallen, gamma = linear_dataset(episodes=2, length=3, terminated=True), 0.9
+    fallen.reward[:] = 1
+    windows = make_windows(fallen, plan_horizon=4, gamma=gamma, termination_penalty=3)
+    by_hand = np.array([1 + gamma - gamma**2 * 2, 1 - gamma * 2, -2] * 2)
+    labels = windows.return_to_go.double() * windows.return_scale + windows.return_offset
+    np.testing.assert_allclose(labels, by_hand, rtol=0, atol=4 * np.finfo(np.float32).eps)
+
+
+# ---- Section 3: network, losses, sampler
+
+
+def test_parameter_count_of_the_published_network():
+    """59,732,491: the count of DD's own code for Hopper."""
+    count = sum(p.numel() for p in script.TemporalUNet(11, 128, (1, 4, 8)).parameters())
+    assert count == 59_732_491 and f"{count:,}" in script.TemporalUNet.__doc__
+
+
+def test_a_dropped_return_does_not_reach_the_output():
+    *_, model = make_model()
+    x, k, low, high = torch.randn(4, 8, 2).double(), torch.arange(1, 5), torch.zeros(4, 1).double(), torch.ones(4, 1)
+    assert torch.equal(model.denoiser(x, k, low, 0 * high), model.denoiser(x, k, high.double(), 0 * high))
+    assert not torch.allclose(model.denoiser(x, k, low, high), model.denoiser(x, k, high.double(), high))
+
+
+def test_losses_by_hand():
+    """The first state has no part in the first loss, a pair without action none in the second."""
+    *_, model = make_model(prediction="x0")
+    x0, action = torch.randn(3, 8, 2).double(), torch.rand(3, 8, 2).double()
+    action[1, 4:], action[:, 7] = torch.nan, torch.nan
+    model.denoiser = Function(lambda x, *_: torch.full_like(x, 0.25))
+    model.inverse_dynamics = Function(lambda obs, next_obs: 2 * obs + next_obs)
+    state_loss, action_loss = model.losses(x0, action, None, None)
+    squares = [(0.25 - x0[b, i, d]) ** 2 for b in range(3) for i in range(1, 8) for d in range(2)]
+    assert state_loss.item() == pytest.approx(np.mean(squares), rel=1e-14)
+    squares = [
+        (2 * x0[b, i, d] + x0[b, i + 1, d] - action[b, i, d]) ** 2
+        for b in range(3) for i in range(7) for d in range(2) if not (b == 1 and i >= 4)
+    ]  # fmt: skip
+    assert action_loss.item() == pytest.approx(np.mean(squares), rel=1e-14)
+
+
+def test_an_unknown_action_gives_no_gradient_and_no_nan():
+    *_, model = make_model()
+    action = torch.full((3, 8, 2), torch.nan).double()
+    action[0, 0] = 0.5
+    sum(model.losses(torch.randn(3, 8, 2).double(), action, torch.zeros(3, 1).double(), torch.ones(3, 1))).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("prediction", ["noise", "x0"])
+@pytest.mark.parametrize("warm", [False, True])
+def test_the_first_state_is_in_its_place_at_every_denoising_step(prediction, warm):
+    args, windows, model = make_model(prediction=prediction, diffusion_steps=10, sampling_steps=10, warm_start_steps=6)
+    first, seen = model.units.normalize(windows.obs[:4]), []
+    model.denoiser.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0][:, 0].clone()))
+    previous = torch.randn(4, 8, 2).double() if warm else None
+    plans = script.sample_plans(args, model, first, torch.zeros(4, 1).double(), normal(4, 8, 2), previous)
+    assert len(seen) == (6 if warm else 10)
+    assert all(torch.equal(x, torch.cat([first, first])) for x in seen) and torch.equal(plans[:, 0], first)
+
+
+class Oracle(nn.Module):
+    """A denoiser that knows the clean plans [B, L, obs_dim]."""
+
+    def __init__(self, args, x0):
+        super().__init__()
+        self.args, self.x0, self.alpha_bar = args, torch.cat([x0, x0]), script.cosine_alpha_bar(args.diffusion_steps)
+
+    def forward(self, x, k, return_to_go, keep):
+        if self.args.prediction == "x0":
+            return self.x0
+        alpha_bar = self.alpha_bar[k[0]]
+        return (x - alpha_bar.sqrt() * self.x0) / (1 - alpha_bar).sqrt()
+
+
+@pytest.mark.parametrize("prediction", ["noise", "x0"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+@pytest.mark.parametrize("warm", [False, True])
+def test_with_an_oracle_any_number_of_steps_gives_its_plan(prediction, steps, warm):
+    args, windows, model = make_model(prediction=prediction, sampling_steps=steps, warm_start_steps=5)
+    plan = model.units.normalize(windows.obs[windows.rows(torch.arange(4))])
+    model.denoiser = Oracle(args, plan)
+    previous = torch.randn_like(plan) if warm else None
+    made = script.sample_plans(args, model, plan[:, 0], torch.zeros(4, 1), normal(4, 8, 2), previous)
+    torch.testing.assert_close(made, plan, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale, expected", [(0.0, -1.0), (1.0, 1.0), (1.5, 2.0)])
+def test_guidance_by_hand(scale, expected):
+    """With x0 prediction and one step the plan is the guided prediction: uncond + scale (cond - uncond)."""
+    args, _, model = make_model(prediction="x0", sampling_steps=1, guidance_scale=scale)
+    model.units.low, model.units.high = -torch.full((2,), 9.0), torch.full((2,), 9.0)
+    model.denoiser = Function(lambda x, k, return_to_go, keep: (2 * keep - 1)[:, :, None].expand_as(x))
+    plans = script.sample_plans(args, model, torch.zeros(4, 2), torch.zeros(4, 1), normal(4, 8, 2))
+    assert torch.equal(plans[:, 1:], torch.full((4, 7, 2), expected).double())
+
+
+# ---- Section 6: planner
+
+
+@pytest.mark.parametrize("prediction", ["noise", "x0"])
+def test_the_planner_reaches_the_second_state_of_an_oracle_plan(prediction):
+    """s' = 0.9 s + 0.3 a: with the true plan and the true inverse, the system goes where the plan goes."""
+    args, windows, model = make_model(prediction=prediction)
+    plan = windows.obs[windows.rows(torch.arange(0, 100, 20))]
+    units = model.units
+    model.denoiser = Oracle(args, units.normalize(plan))
+    model.inverse_dynamics = Function(lambda s, after: (units.denormalize(after) - 0.9 * units.denormalize(s)) / 0.3)
+    planner = script.Planner(args, model, 5, torch.device("cpu"))
+    planner.plans = planner.plans.double()
+    action = planner(plan[:, 0].numpy(), np.arange(5))
+    np.testing.assert_allclose(0.9 * plan[:, 0].numpy() + 0.3 * action, plan[:, 1].numpy(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("warm_start_steps", [0, 3])
+def test_a_batch_of_episodes_equals_one_episode_at_a_time(warm_start_steps):
+    """Three episodes of a linear system that end after 6, 2 and 4 steps."""
+    args, windows, model = make_model(warm_start_steps=warm_start_steps)
+    lengths, start = np.array([6, 2, 4]), windows.obs[[0, 40, 80]].numpy()
+
+    def episodes(numbers):
+        planner = script.Planner(args, model, 3, torch.device("cpu"))
+        planner.plans, planner.target = planner.plans.double(), planner.target.double()
+        obs, actions = start.copy(), {i: [] for i in numbers}
+        for step in range(6):
+            running = np.array([i for i in numbers if step < lengths[i]])
+            if len(running):
+                made = planner(obs[running], running)
+                obs[running] = 0.9 * obs[running] + 0.3 * made
+                for i, action in zip(running, made, strict=True):
+                    actions[i].append(action)
+        return actions
+
+    together = episodes([0, 1, 2])
+    for i in range(3):
+        np.testing.assert_allclose(episodes([i])[i], together[i], rtol=0, atol=1e-10)
+        assert len(together[i]) == lengths[i]
+    assert not np.allclose(together[0][0], together[1][0], atol=1e-3)
+
+
+def test_a_warm_start_denoises_the_last_plan_from_the_stated_step():
+    """K = 5, N = 3 visits 5, 3, 1: three calls of the network for the first plan, then two from the shifted plan."""
+    args, windows, model = make_model(warm_start_steps=4)
+    calls, obs = [], windows.obs[:3].numpy()
+    model.denoiser.register_forward_pre_hook(lambda _, given: calls.append((int(given[1][0]), given[0][:3].clone())))
+    planner = script.Planner(args, model, 3, torch.device("cpu"))
+    planner.plans, planner.target = planner.plans.double(), planner.target.double()
+    planner(obs, np.arange(3))
+    plan, generator = planner.plans.clone(), torch.Generator().manual_seed(args.seed)
+    *_, noise = (torch.randn(3, 8, 2, generator=generator).double() for _ in range(5))  # four for the first plan
+    planner(obs, np.arange(3))
+    assert [k for k, _ in calls] == [5, 3, 1, 3, 1]
+    shifted, alpha_bar = torch.cat([plan[:, 1:], plan[:, -1:]], dim=1), model.alpha_bar[3]
+    expected = alpha_bar.sqrt() * shifted + (1 - alpha_bar).sqrt() * noise
+    torch.testing.assert_close(calls[3][1][:, 1:], expected[:, 1:], rtol=0, atol=1e-14)
+
+
+# ---- Learning
+
+
+class Training:
+    """As much of a Run as train_decision_diffuser needs."""
+
+    device = torch.device("cpu")
+
+    def seed(self, *_):
+        torch.manual_seed(0)
+
+    def log(self, *_):
+        pass
+
+    @contextmanager
+    def stage(self, _function, total, *_, **__):
+        yield range(1, total + 1)
+
+
+def test_it_learns_to_plan_what_the_system_can_do_and_more_for_a_higher_return():
+    """Linear system whose reward is its first state: a plan asked for more has a larger one; actions are the true ones.
+
+    Chance explains none of it: targets are the data's 10th and 90th percentile, on the same noise.
+    """
+    args = Args(**SMALL, prediction="x0", normalizer="gaussian", world_model_steps=200, world_model_lr=5e-3)
+    args = replace(args, ema_decay=0.9, ema_start=0, idm_width=64, idm_dropout=0.0)
+    dataset = linear_dataset(episodes=300)
+    windows = script.Windows(args, dataset, torch.device("cpu"))
+    model = script.train_decision_diffuser(args, windows, Training())
+    assert not model.training
+    first, made = model.units.normalize(windows.obs[windows.start[::9]]), []
+    for share in (0.1, 0.9):
+        target = windows.return_to_go.quantile(share).expand(len(first), 1)
+        torch.manual_seed(0)
+        plans = script.sample_plans(args, model, first, target, lambda: torch.randn(len(first), 8, 2))
+        made.append(model.units.denormalize(plans))
+    assert (made[1][:, 1:, 0].mean() - made[0][:, 1:, 0].mean()) > 0.3 * dataset.obs[:, 0].std()
+    reach = (made[1][:, 1] - 0.9 * made[1][:, 0]) / 0.3  # the action that would lead there; in the data, below 0.95
+    assert (reach.abs() < 1.3).float().mean() > 0.95
+    with torch.no_grad():
+        obs, after = (model.units.normalize(torch.as_tensor(x[:2000])) for x in (dataset.obs, dataset.next_obs))
+        error = model.inverse_dynamics(obs, after) - torch.as_tensor(dataset.action[:2000])
+    assert error.square().mean() < 0.03  # variance of the actions: 0.3
+
+
+# ---- The command line
+
+
+def parsed(monkeypatch, words):
+    monkeypatch.setattr(sys, "argv", ["decision_diffuser.py", *words.split()])
+    return parse_args(Args, LAPTOP, PRESETS)
+
+
+def test_a_flag_wins_over_laptop_and_laptop_over_a_preset(monkeypatch):
+    assert parsed(monkeypatch, "") == Args()
+    original = Args(preset="original", **PRESETS["original"])
+    assert parsed(monkeypatch, "--preset original") == parsed(monkeypatch, "--preset=original") == original
+    assert (original.diffusion_steps, original.sampling_steps, original.plan_horizon) == (200, 200, 100)
+    both = replace(original, laptop=True, **LAPTOP)
+    assert parsed(monkeypatch, "--preset original --laptop --unet-width 64") == replace(both, unet_width=64)
+    for args in (Args(), original, both):
+        check_ranges(args), script.check_args(args)
+
+
+@pytest.fixture(scope="module")
+def finished(toy):
+    """A run without a break -> its folder, and what it printed."""
+    text = hopper_run("baselines.decision_diffuser", toy, *TOY)
+    (folder,) = (toy / "runs").glob("*__decision_diffuser__*")
+    return folder, text
+
+
+def metrics(folder):
+    """All that a run logged but its times."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if not any(name.startswith("time/") for name in line)]
+
+
+def test_to_a_score_and_another_target_needs_no_new_training(finished, toy):
+    folder, text = finished
+    assert "normalized score" in text and "reused" not in text
+    assert list(json.loads((folder / "stages.json").read_text())) == ["decision diffuser", "evaluate planner"]
+    names = {name for line in metrics(folder) for name in line}
+    assert {"world_model/loss", "world_model/val_loss", "idm/loss", "idm/val_mse", "eval/normalized_score"} <= names
+    changes = "--exp-name other --target-return 0.3 --warm-start-steps 3 --eval-episodes 3".split()
+    assert "reused" in hopper_run("baselines.decision_diffuser", toy, *TOY, *changes)
+    (other,) = (toy / "runs").glob("*__other__*")
+    assert metrics(other)[:-1] == metrics(folder)[:-1] and metrics(other)[-1] != metrics(folder)[-1]
+
+
+def test_an_interrupted_run_ends_as_if_it_had_not_been(finished, tmp_path):
+    folder, _ = finished
+    arguments = hopper_arguments(tmp_path, *TOY)
+    process = start("baselines.decision_diffuser", arguments, tmp_path / "log.txt")
+    while process.is_alive() and not any(path.stat().st_size for path in tmp_path.glob("runs/*/metrics.jsonl")):
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join()
+    assert process.exitcode == 75 and "in stage decision diffuser" in (tmp_path / "log.txt").read_text()
+    result = run("baselines.decision_diffuser", arguments, tmp_path)
+    assert result.code == 0 and "resumed" in result.text and "goes on at" in result.text
+    (other,) = (tmp_path / "runs").iterdir()
+    assert metrics(other) == metrics(folder)
+    models = [
+        load_file(json.loads((path / "stages.json").read_text())["decision diffuser"]) for path in (folder, other)
+    ]
+    assert all(torch.equal(tensor, models[1][name]) for name, tensor in models[0].items())
+
+
+def test_a_finished_run_loaded_in_another_process(finished, tmp_path):
+    folder, _ = finished
+    process = child(_load, folder, tmp_path / "loaded.pt", log=tmp_path / "log.txt")
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "log.txt").read_text()
+    loaded = torch.load(tmp_path / "loaded.pt", weights_only=True)
+    stages = json.loads((folder / "stages.json").read_text())
+    model, returns = load_file(stages["decision diffuser"]), load_file(stages["evaluate planner"])["returns"]
+    assert model.keys() == loaded["model"].keys()
+    assert all(torch.equal(tensor, loaded["model"][name]) for name, tensor in model.items())
+    assert torch.equal(loaded["returns"], returns) and metrics(folder)[-1]["eval/episodic_return"] == returns.mean()
+
+
+def _load(folder, target):
+    parts = script.load_run(folder)
+    returns = parts.evaluator(lambda obs: parts.planner(obs, parts.evaluator.running), seed=parts.args.seed + 100)
+    torch.save({"model": parts.model.state_dict(), "returns": torch.as_tensor(returns)}, target)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--plan-horizon 30", "must be a multiple of 4, since a U-Net of 3 levels halves it 2 times; take 32"),
+        ("--plan-horizon 1", "--plan-horizon 1 lies outside [2, 10000]"),
+        ("--warm-start-steps 6", "--warm-start-steps 6 lies outside [1, 5]"),
+        ("--warm-start-steps -1", "--warm-start-steps -1 must be 0 or more"),
+        ("--warm-start-steps 4 --sampling-steps 1", "--warm-start-steps 4 lies outside [5, 5]"),
+        ("--preset original --warm-start-steps 201", "--warm-start-steps 201 lies outside [1, 200]"),
+        ("--target-return nan", "--target-return nan lies outside [-100, 100]"),
+        ("--target-return own", "own"),
+        ("--sampling-steps 6", "--sampling-steps 6 is above --diffusion-steps 5"),
+        ("--unet-width 12", "--unet-width 12 must be 8, 16, ..."),
+        ("--preset orginal", "orginal"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(arguments, message, tmp_path, capsys, monkeypatch):
+    assert message in refusal(script, arguments.split(), tmp_path, capsys, monkeypatch)
+
+
+def test_plans_longer_than_every_episode_are_told(toy, tmp_path, capsys, monkeypatch):
+    arguments = ["--env-id", "hopper-medium-v2", "--data-path", str(toy / "data.hdf5"), "--plan-horizon", "400"]
+    told = refusal(script, arguments, tmp_path, capsys, monkeypatch)
+    assert "--plan-horizon 400 needs 399 transitions in a row, but the longest episode has" in told

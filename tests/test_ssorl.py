@@ -1,0 +1,332 @@
+"""baselines/ssorl.py: which actions are hidden and how they are filled in, and the script from its command line on.
+
+What it has from the other scripts to the letter (test_source.py) is tested with them.
+"""
+
+import json
+import os
+import signal
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from toy import TOY_AGENT, TOY_IDM, context, hopper_arguments, hopper_file, hopper_run, linear_dataset, refusal, start
+
+from baselines import ssorl as script
+from baselines.ssorl import Args, Trajectories
+from common import UserError
+
+CPU = torch.device("cpu")
+LENGTHS = np.array([20, 10, 30, 5, 15, 25, 12, 18, 7, 8])
+ENDS = np.cumsum(LENGTHS)
+ROWS = [range(end - length, end) for end, length in zip(ENDS, LENGTHS, strict=True)]
+
+
+def uneven_dataset():
+    """Ten trajectories of different lengths, the return of each a sum of 5 to 30 rewards."""
+    return replace(linear_dataset(episodes=1, length=150), lengths=LENGTHS, complete=np.ones(10, bool))
+
+
+def by_return(dataset):
+    """Numbers of the trajectories, the worst first: from a plain sum."""
+    returns = [sum(float(dataset.reward[row]) for row in rows) for rows in ROWS]
+    return sorted(range(10), key=returns.__getitem__)
+
+
+class Training:
+    """As much of a Run as the stages before the agent need."""
+
+    device = CPU
+
+    def __init__(self):
+        self.logged = {}
+
+    def seed(self, *_):
+        torch.manual_seed(0)
+
+    def log(self, _step, values):
+        for name, value in values.items():
+            self.logged.setdefault(name, []).append(torch.as_tensor(value).item())
+
+    @contextmanager
+    def stage(self, _function, total, *_, **__):
+        yield Loop(total)
+
+
+class Loop:
+    def __init__(self, total):
+        self.total, self.at = total, 0
+
+    def __iter__(self):
+        return iter(range(1, self.total + 1))
+
+    def over(self, items):
+        for item in items:
+            yield item
+            self.at += len(item)
+
+
+# ---- Section 2: which trajectories stay, and which keep their actions
+
+
+@pytest.mark.parametrize(
+    "changes, left_out",
+    [
+        ({}, "worst"),  # SSORL's code drops just one
+        ({"traj_filter": "none"}, []),
+        ({"traj_filter": "length_topk", "topk": 3}, [1, 3, 4, 6, 7, 8, 9]),
+        ({"traj_filter": "length_topk", "topk": 5}, [1, 3, 6, 8, 9]),
+        ({"traj_filter": "length_topk"}, []),
+    ],
+)
+def test_the_filters(changes, left_out):
+    dataset = uneven_dataset()
+    ranked = by_return(dataset)
+    left_out = ranked[:1] if left_out == "worst" else left_out
+    assert script.keep_trajectories(Args(**changes), dataset).tolist() == [e for e in ranked if e not in left_out]
+
+
+@pytest.mark.parametrize(
+    "fraction, share, count, pool",
+    [
+        (0.3, 0.5, 3, 5), (0.39, 0.59, 3, 5), (0.2, 0.25, 2, 2), (0.5, 0.5, 5, 5), (0.7, 0.5, 7, 7), (0.2, 1, 2, 10),
+        (1, 0.5, 10, 10),
+    ],
+)  # fmt: skip
+def test_labelled_are_so_many_of_the_lowest_returns(fraction, share, count, pool):
+    """Both shares are rounded down, as in SSORL's code; in 100 draws each of the pool has its turn, nobody else."""
+    kept, seen = np.array([7, 3, 9, 0, 1, 8, 2, 4, 6, 5]), set()  # from the lowest return to the highest
+    for seed in range(100):
+        labelled = script.draw_labelled(Args(label_fraction=fraction, label_pool=share, label_seed=seed), kept)
+        assert len(set(labelled)) == len(labelled) == count
+        seen |= set(labelled)
+    assert seen == set(kept[:pool])
+
+
+def test_the_draw_depends_on_its_seed_alone():
+    def draw(seed):
+        np.random.seed(seed + 1)
+        return script.draw_labelled(Args(label_fraction=0.2, label_seed=seed), np.arange(10)).tolist()
+
+    draws = [draw(seed) for seed in range(6)]
+    np.random.seed(0)
+    assert draws == [draw(seed) for seed in range(6)] and len(set(map(tuple, draws))) > 1
+
+
+def test_too_few_trajectories_are_told():
+    with pytest.raises(UserError, match="--traj-filter length_topk leaves 2 of 10 trajectories; 3 are needed"):
+        script.keep_trajectories(Args(traj_filter="length_topk", topk=2), uneven_dataset())
+    with pytest.raises(UserError, match=r"--label-fraction 0\.19 labels 1 of 10 trajectories; two are needed"):
+        script.draw_labelled(Args(label_fraction=0.19), np.arange(10))
+
+
+def test_hidden_actions_are_nan_and_nothing_else_changes():
+    dataset = uneven_dataset()
+    trajectories = Trajectories(Args(label_fraction=0.4), dataset, CPU)
+    assert len(trajectories.labelled) == 3 and by_return(dataset)[0] not in trajectories.kept  # 0.4 of 9
+    for number, rows in enumerate(ROWS):
+        known = torch.as_tensor(dataset.action[rows])
+        expected = known if number in trajectories.labelled else torch.full_like(known, torch.nan)
+        assert torch.allclose(trajectories.action[list(rows)], expected, rtol=0, atol=0, equal_nan=True)
+    assert np.array_equal(trajectories.obs, dataset.obs) and np.array_equal(trajectories.next_obs, dataset.next_obs)
+    assert np.array_equal(trajectories.rows[:, 4], dataset.reward) and not np.isnan(dataset.action).any()
+
+
+# ---- Section 4: inverse dynamics
+
+
+def test_triples_against_a_plain_loop():
+    """The first state of a trajectory is its own past, the last is followed by next_obs: no triple leaves its
+    trajectory, whether the neighbours' actions are known or hidden."""
+    dataset = uneven_dataset()
+    dataset = replace(dataset, next_obs=dataset.next_obs + 100)  # what comes next must be read there
+    triples = Trajectories(Args(label_fraction=0.4), dataset, CPU).triples(torch.arange(150))
+    past = [row if row == rows[0] else row - 1 for rows in ROWS for row in rows]
+    assert np.array_equal(triples, np.concatenate([dataset.obs[past], dataset.obs, dataset.next_obs], axis=1))
+
+
+def test_inverse_dynamics_learns_the_known_inverse_from_few_labels():
+    """Ten of a hundred trajectories are labelled; the actions of the other ninety are inferred."""
+    args = Args(idm_steps=500, idm_batch_size=256, idm_width=64, idm_lr=3e-3, log_every=100, traj_filter="none")
+    dataset, run = linear_dataset(episodes=100), Training()
+    trajectories = Trajectories(args, dataset, CPU)
+    inverse_dynamics = script.train_inverse_dynamics(args, trajectories, run)
+    hidden = trajectories.action[:, 0].isnan()
+    with torch.no_grad():
+        inferred = inverse_dynamics(trajectories.triples(hidden.nonzero()[:, 0])).numpy()
+        _, held_out = script.idm_split(args, trajectories)
+        log_prob = inverse_dynamics.log_prob(trajectories.triples(held_out), trajectories.action[held_out])
+    assert hidden.sum() == 90 * 30 and np.abs(inferred - dataset.action[hidden]).mean() < 0.08
+    assert min(run.logged["idm/val_loss"]) == pytest.approx(-float(log_prob.mean()), rel=1e-5)  # its best weights
+    assert not inverse_dynamics.training
+
+
+@pytest.mark.parametrize("holdout, held_out", [(0.1, 1), (0.4, 2), (0.75, 4), (0.9, 4)])
+def test_labelled_trajectories_alone_are_learned_from_and_some_are_held_out(monkeypatch, holdout, held_out):
+    """Of five labelled trajectories, the share rounded up only measures; no hidden one is ever looked at. The units
+    are those of all states."""
+    args = Args(idm_steps=60, idm_batch_size=64, idm_width=8, log_every=60, label_fraction=0.6, idm_holdout=holdout)
+    dataset = uneven_dataset()
+    trajectories = Trajectories(args, dataset, CPU)
+    row_of = {tuple(triple): row for row, triple in enumerate(trajectories.triples(torch.arange(150)).tolist())}
+    seen = {True: set(), False: set()}  # while training, while measuring
+
+    class Recorder(script.InverseDynamics):
+        def log_prob(self, triples, action):
+            rows = [row_of[tuple(triple)] for triple in triples.tolist()]
+            assert np.array_equal(action, dataset.action[rows])
+            seen[self.training] |= {np.searchsorted(ENDS, row, side="right") for row in rows}
+            return super().log_prob(triples, action)
+
+    monkeypatch.setattr(script, "InverseDynamics", Recorder)
+    model = script.train_inverse_dynamics(args, trajectories, Training())
+    assert len(seen[False]) == held_out and len(seen[True]) == 5 - held_out
+    assert seen[True] | seen[False] == set(trajectories.labelled)
+    np.testing.assert_allclose(model.obs_mean, np.tile(dataset.obs.mean(0, dtype=np.float64), 3), rtol=1e-5)
+
+
+# ---- Section 5: proxy labels
+
+
+@pytest.mark.parametrize("relabel_all", [False, True])
+def test_proxy_labels_stand_where_actions_were_hidden_or_everywhere(relabel_all):
+    """Whole trajectories, one after another, each padded to the longest."""
+    args = Args(label_fraction=0.4, relabel_all=relabel_all)
+    dataset, run = uneven_dataset(), Training()
+    trajectories, labels = Trajectories(args, dataset, CPU), 0
+    made = script.synthesize(args, trajectories, lambda triples: triples[:, :2] + 8 * triples[:, 4:], run)
+    lengths = LENGTHS[trajectories.kept]
+    assert made["rows"].shape == (9, max(lengths), 8) and made["valid"].sum(1).tolist() == lengths.tolist()
+    for number, rows, valid in zip(trajectories.kept, made["rows"], made["valid"], strict=True):
+        assert not rows[~valid].any() and valid[: LENGTHS[number]].all()
+        for row, made_row in zip(ROWS[number], rows[valid].numpy(), strict=True):
+            proxy = dataset.obs[max(ROWS[number][0], row - 1)] + 8 * dataset.next_obs[row]
+            known = number in trajectories.labelled and not relabel_all
+            labels += known
+            expected = [dataset.obs[row], dataset.action[row] if known else proxy, dataset.reward[[row]]]
+            expected += [dataset.next_obs[row], dataset.terminated[[row]]]
+            np.testing.assert_array_equal(made_row, np.concatenate(expected, dtype=np.float32))
+    assert run.logged == {"synthesis/transitions": [sum(lengths)], "synthesis/proxy_labels": [sum(lengths) - labels]}
+
+
+# ---- The whole method
+
+
+def test_another_split_makes_another_inverse_dynamics_model(folders, monkeypatch):
+    """Its key hashes what chooses the labels; neither the agent nor what becomes of known actions is among that."""
+    found, data = [], hopper_file(folders / "data.hdf5")
+
+    def synthesize(args, trajectories, inverse_dynamics, run):
+        found.append((run.kept["inverse dynamics"], args.policy_delay))
+        run.lock.release()
+        raise UserError("enough")
+
+    monkeypatch.setattr(script, "synthesize", synthesize)
+    same = dict(data_path=data, label_fraction=0.3, idm_steps=2, idm_width=8, eval_episodes=1, device="cpu")
+    same |= dict(run_dir=folders / "runs", stage_dir=folders / "stages")
+    for changes in (
+        dict(agent="td3bc"), dict(agent="iql"), dict(relabel_all=True, policy_delay=3), dict(label_seed=1),
+        dict(label_fraction=0.5), dict(traj_filter="none"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match="enough"):
+            script.main(Args(**{**same, **changes}))
+    paths, delays = zip(*found, strict=True)
+    assert paths[0] == paths[1] == paths[2] and len(set(paths[2:])) == 4
+    assert delays[:3] == (2, 1, 3)  # each agent has its own, and a flag wins
+
+
+@pytest.fixture(scope="module")
+def finished(toy):
+    """A run of IQL without a break -> its folder, and what it printed."""
+    toy_iql = [*TOY_AGENT, *TOY_IDM, *"--agent iql --label-fraction 0.35 --agent-updates 150".split()]
+    text = hopper_run("baselines.ssorl", toy, *toy_iql)
+    (folder,) = (toy / "runs").glob("*__ssorl__*")
+    return folder, text, toy_iql
+
+
+def metrics(folder):
+    """All that a run logged but its times."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if not any(name.startswith("time/") for name in line)]
+
+
+def test_both_agents_reach_a_score(finished, toy):
+    texts = [finished[1]]
+    td3bc = ["--label-fraction", "1", "--relabel-all", "--traj-filter", "none", "--exp-name", "relabelled"]
+    texts.append(hopper_run("baselines.ssorl", toy, *TOY_AGENT, *TOY_IDM, *td3bc))
+    assert "labelled_trajectories 3, hidden_trajectories 8" in texts[0]  # 12, the worst dropped; 0.35 * 11 = 3.85
+    assert "labelled_trajectories 12, hidden_trajectories 0" in texts[1]
+    (other,) = (toy / "runs").glob("*__relabelled__*")
+    for folder, text, loss in ((finished[0], texts[0], "agent/vf_loss"), (other, texts[1], "agent/bc_loss")):
+        assert "final" in text
+        assert list(json.loads((folder / "stages.json").read_text())) == ["inverse dynamics", "synthesize", "agent"]
+        logged = {name: value for line in metrics(folder) for name, value in line.items()}
+        assert {"idm/val_mse", "eval/normalized_score", loss} <= logged.keys()
+        everything = logged["synthesis/proxy_labels"] == logged["synthesis/transitions"] > 100
+        assert everything == (folder == other)
+
+
+def test_an_interrupted_run_ends_as_if_it_had_not_been(finished, tmp_path):
+    """Stopped in the agent's loop, after its first evaluation."""
+    folder, _, toy_iql = finished
+    arguments = hopper_arguments(tmp_path, *toy_iql)
+    child = start("baselines.ssorl", arguments, tmp_path / "log.txt")
+    while child.is_alive() and "eval/" not in "".join(p.read_text() for p in tmp_path.glob("runs/*/metrics.jsonl")):
+        time.sleep(0.001)
+    os.kill(child.pid, signal.SIGTERM)
+    child.join()
+    assert child.exitcode == 75 and "in stage agent" in (tmp_path / "log.txt").read_text()
+    text = hopper_run("baselines.ssorl", tmp_path, *toy_iql)
+    assert "resumed" in text and "goes on at" in text
+    (other,) = (tmp_path / "runs").iterdir()
+    assert metrics(other) == metrics(folder)
+    agents = [load_file(path / "agent.safetensors") for path in (folder, other)]
+    assert all(torch.equal(tensor, agents[1][name]) for name, tensor in agents[0].items())
+
+
+def test_a_finished_run_loaded_in_another_process(finished, tmp_path):
+    folder, *_ = finished
+    child = context.Process(target=_load, args=(folder, tmp_path / "loaded.pt"))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    loaded = torch.load(tmp_path / "loaded.pt", weights_only=True)
+    for stage, path in json.loads((folder / "stages.json").read_text()).items():
+        kept = load_file(path)
+        assert kept.keys() == loaded[stage].keys()
+        assert all(torch.equal(tensor, loaded[stage][name]) for name, tensor in kept.items())
+    last = [line["eval/episodic_return"] for line in metrics(folder) if "eval/episodic_return" in line][-1]
+    assert loaded["return"] == last
+
+
+def _load(folder, target):
+    torch.set_num_threads(1)
+    parts = script.load_run(folder)
+    mean = parts.dataset.obs.mean(0, dtype=np.float64)  # of all states, those of the dropped trajectory too
+    np.testing.assert_allclose(parts.actor.obs_mean, mean, rtol=1e-5, atol=1e-6)
+
+    @torch.no_grad()
+    def policy(obs):
+        return parts.actor(torch.as_tensor(obs)).numpy()
+
+    results = {"inverse dynamics": parts.inverse_dynamics.state_dict(), "synthesize": parts.rollouts}
+    score = float(parts.evaluator(policy, seed=parts.args.seed + 100).mean())
+    torch.save({**results, "agent": parts.agent.state_dict(), "return": score}, target)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--agent", "sac"], "invalid choice 'sac' for argument '--agent'. Expected one of ('td3bc', 'iql')"),
+        (["--label-fraction", "0"], "--label-fraction 0.0 lies outside [0.001, 1]"),
+        (["--label-pool", "1.5"], "--label-pool 1.5 lies outside [0, 1]"),
+        (["--policy-delay", "0"], "--policy-delay 0 must be 1 or more"),
+        (["--agent", "iql", "--expectile", "1"], "--expectile 1.0 lies outside [0.001, 0.999]"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(arguments, message, tmp_path, capsys, monkeypatch):
+    assert message in refusal(script, arguments, tmp_path, capsys, monkeypatch)

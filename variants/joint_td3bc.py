@@ -1,0 +1,846 @@
+"""DAWM without inverse dynamics, with TD3+BC: offline RL on transitions whose actions the diffusion model makes too.
+
+1. A diffusion model learns windows of future states, actions and rewards, given a real state, a real action and the
+   return-to-go (section 3).
+2. No inverse dynamics model is learned (section 4 is empty).
+3. From every real pair (state, action), asked for a return-to-go, the model imagines the next H+1 states and
+   rewards and the H actions between them: H+1 complete transitions per pair (section 5).
+4. TD3+BC, unmodified, learns from these transitions alone (section 6).
+5. The actor runs in the simulator; the model is not needed any more (section 7).
+
+Not in the DAWM paper: our variant, to ask whether completing the actions by inverse dynamics beats generating them
+jointly, as [DIFFUSER] does for trajectories and [SYNTHER] for single transitions. All else is dawm_td3bc.py's:
+`git diff --no-index dawm_td3bc.py variants/joint_td3bc.py` shows what separates the two.
+
+    python -m variants.joint_td3bc --env-id local/hopper/medium-v0 --laptop    # two CPU cores, data made here
+    python -m variants.joint_td3bc --env-id hopper-medium-v2                   # paper scale on D4RL, one GPU
+
+[DAWM Alg. 2]                                   here
+train p_theta on the data                       train_world_model (Eq. 2, with actions)
+sample pairs (s_t, a_t), ask for g_eval         imagine
+sample rewards and states from p_theta          sample_rollouts, which samples the actions too: none is inferred
+label the H+1 transitions                       complete_rollouts, with mark_ends, which is not in the paper
+critic, actor and target updates                train_agent, TD3BC.update
+
+Keys:
+[DAWM]   DAWM: diffusion action world models for offline RL, arXiv 2509.19538v1
+[DWM]    Diffusion World Model, arXiv 2402.03570 (DAWM's generator; appendix as reprinted in arXiv 2607.17560)
+[DD]     Is Conditional Generative Modeling All You Need for Decision-Making?, arXiv 2211.15657, and its code
+[DIFFUSER] Planning with Diffusion for Flexible Behavior Synthesis, arXiv 2205.09991
+[SYNTHER]  Synthetic Experience Replay, arXiv 2303.06614
+[TD3BC]  A Minimalist Approach to Offline RL, arXiv 2106.06860, and its code
+[CFG]    Classifier-Free Diffusion Guidance, arXiv 2207.12598
+[IDDPM]  Improved Denoising Diffusion Probabilistic Models, arXiv 2102.09672 (cosine schedule, strided sampling)
+
+Tags: [KEY place] stands there; [unspecified] the paper is silent, our choice; [deviation] the paper says otherwise.
+docs/method.md has the equations, and the evidence for each choice.
+
+Symbols: k in DAWM's Eq. 2 is `k` (diffusion step), in its return-to-go `step` (environment time); H is `horizon`;
+g_eval `target_return`; omega `guidance_scale`; DAWM's alpha (0.5) `sampling_temperature`, TD3+BC's `bc_alpha`;
+tau is the Polyak rate only.
+"""
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Imports and arguments
+# ---------------------------------------------------------------------------------------------------------------------
+import copy
+import math
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import UserError, fast
+from common.cli import Amount, Count, Rate, RunArgs, Seed, Share, run_script
+from common.data import OfflineDataset, load_dataset
+from common.evaluation import Evaluator, evaluate, score_report
+from common.run import Run
+
+
+@dataclass
+class Args(RunArgs):
+    # ---- Data: windows and return-to-go
+    horizon: Count = 7  # H: a rollout has H+1 transitions, so H+2 states, the first one real [DAWM Sec. 4]
+    model_horizon: Count = 7  # H of the world model's windows [unspecified]; rollouts may take fewer steps [DWM]
+    gamma: Share = 0.99  # discount of return-to-go and agent [DAWM Tab. 7]
+    return_to_go: Literal["episode", "window"] = "episode"  # sum to its end, [deviation] below; window as printed
+    normalizer: Literal["limits", "gaussian"] = "limits"  # range or standard deviations; [deviation] DWM: CDF
+
+    # ---- World model
+    world_model_seed: Seed = 100  # seed of the diffusion training [DAWM Tab. 7]
+    world_model_steps: Count = 2_000_000  # gradient updates [DAWM App.]
+    world_model_batch_size: Count = 64  # windows per update [DAWM Tab. 7]
+    world_model_lr: Rate = 1e-4  # Adam's rate [DAWM Tab. 7]
+    world_model_holdout: Annotated[float, (0, 0.9)] = 0.05  # share of episodes for the held-out loss [unspecified]
+    unet_width: Annotated[int, (8, math.inf)] = 128  # channels of the U-Net's first level [unspecified], DD's code
+    unet_multipliers: Annotated[tuple[int, ...], (1, math.inf)] = (1, 4, 8)  # of each level [unspecified], DD's
+    diffusion_steps: Count = 5  # K [DAWM Tab. 7]
+    prediction: Literal["noise", "x0"] = "noise"  # predict noise [DAWM Eq. 2], or the clean window: not in the paper
+    cond_drop_prob: Share = 0.25  # share of samples trained without return-to-go [DAWM App.]
+    ema_decay: Share = 0.995  # of the averaged weights ("Adam decay") [DAWM Tab. 7]
+    ema_every: Count = 10  # updates between two averagings [DWM App.]
+    ema_start: Annotated[int, (0, math.inf)] = 2_000  # updates with a plain copy instead [unspecified], DD's code
+
+    # ---- Synthesis
+    synthesis: Literal["dataset", "online"] = "dataset"  # once [DAWM text], or in the agent's loop [DAWM Alg. 2]
+    synthesis_seed: Seed = 100  # seed of the sampling noise in dataset mode [unspecified]
+    synthesis_batch_size: Count = 4096  # rollouts generated together in dataset mode [unspecified]
+    sampling_steps: Count = 3  # N denoising steps out of K [DAWM App.]
+    sampling_temperature: Amount = 0.5  # multiplies the standard deviation of each denoising step [DAWM Tab. 7, DWM]
+    guidance_scale: Amount = 1.2  # weight of the return condition, 1: no guidance; [unspecified], DD's code
+    # return-to-go asked for, in return scales; default from TASKS [unspecified]; own: each pair's real one
+    target_return: Annotated[float, (-100, 100)] | Literal["own"] | None = None
+    conditioning_subsample: Count = 1  # use one of so many real pairs, drawn at random; 8 is DAWM-T [DAWM Tab. 5]
+    termination: Literal["rule", "none"] = "rule"  # end rollouts at falls (mark_ends), or not, as printed [deviation]
+    synthetic_fraction: Share = 1.0  # synthetic share of a batch [DAWM Tab. 4]; 0: the agent on real data, no model
+
+    # ---- Agent
+    agent_updates: Count = 1_000_000  # critic updates; [unspecified], TD3BC's code
+    agent_batch_size: Count = 256  # transitions per update; [unspecified], TD3BC's code
+    agent_lr: Rate = 3e-4  # Adam's rate of actor and critics; [unspecified], TD3BC's code
+    tau: Share = 0.005  # Polyak rate of the target networks; [unspecified], TD3BC's code
+    policy_noise: Amount = 0.2  # std of the target action's noise, actions in [-1, 1]; 0 as printed [deviation]
+    noise_clip: Amount = 0.5  # bound of that noise [TD3BC]
+    policy_delay: Count = 2  # critic updates per actor update, n [TD3BC]; online: rollouts per actor update
+    bc_alpha: Amount = 2.5  # weight of Q against behaviour cloning [TD3BC Eq. 5]
+
+
+# --laptop: the same method with a smaller U-Net and fewer updates, [deviation] throughout; not the paper's scale.
+# Three changes are of kind (docs/method.md): x0 in units of standard deviations, since few updates of noise prediction
+# leave coarse rollouts; each pair's own return as the target, since a constant one out of reach asks of states about
+# to fall that they recover; and the horizon with the best Hopper score in [DAWM Tab. 6].
+LAPTOP = dict(
+    horizon=1,
+    threads=1,  # a second one gains 15% at these sizes, and loses tenfold when another process wants the core
+    prediction="x0",
+    normalizer="gaussian",
+    target_return="own",
+    world_model_steps=15_000,
+    world_model_lr=1e-3,
+    unet_width=32,
+    unet_multipliers=(1, 2),
+    synthesis_batch_size=1024,
+    agent_updates=25_000,
+    bc_alpha=1.0,  # Q has grown to half of its height by then, and lambda divides by it
+    eval_every=2_500,
+)
+
+# Return scale [DAWM App.] and target return ([unspecified]; from [DWM App.]'s grids) of the paper's tasks. Any other
+# data set: the scale that puts its largest return-to-go at 0.6, and target 0.7.
+TASKS = {
+    "hopper-medium-v2": (400, 0.7),
+    "hopper-medium-replay-v2": (400, 0.7),
+    "hopper-medium-expert-v2": (400, 0.8),
+    "walker2d-medium-v2": (550, 0.7),
+    "walker2d-medium-replay-v2": (550, 0.7),
+    "walker2d-medium-expert-v2": (550, 0.9),
+    "halfcheetah-medium-v2": (1200, 0.5),
+    "halfcheetah-medium-replay-v2": (1200, 0.4),
+    "halfcheetah-medium-expert-v2": (1200, 0.7),
+}
+
+
+# Copied from dawm_td3bc.py
+def check_args(args: Args) -> None:
+    """UserError for values with which no run makes sense together, before anything is loaded."""
+    if args.horizon > args.model_horizon:
+        raise UserError(f"--horizon {args.horizon} is above --model-horizon {args.model_horizon}; raise that too")
+    if args.sampling_steps > args.diffusion_steps:
+        raise UserError(f"--sampling-steps {args.sampling_steps} is above --diffusion-steps {args.diffusion_steps}")
+    if args.synthesis == "online" and (args.conditioning_subsample > 1 or 0 < args.synthetic_fraction < 1):
+        raise UserError(
+            "--synthesis online draws from all pairs and mixes nothing: no --conditioning-subsample, and a "
+            "--synthetic-fraction of 0 or 1; use --synthesis dataset"
+        )
+    if args.unet_width % 8 or not args.unet_multipliers:
+        raise UserError(f"--unet-width {args.unet_width} must be 8, 16, ..., with one of --unet-multipliers or more")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Data: episodes to windows, return-to-go
+# ---------------------------------------------------------------------------------------------------------------------
+# RETURN-TO-GO. [deviation] DAWM prints a sum over the window's H+1 rewards, but its divisor (400 for Hopper) only fits
+# sums to the episode's end: eight rewards give 25; [DWM App.] plots labels up to 0.61 x 400 = 244 for hopper-medium.
+
+
+# Copied from dawm_td3bc.py
+def discounted_return_to_go(reward: np.ndarray, lengths: np.ndarray, gamma: float) -> np.ndarray:
+    """Rewards [N] summed from each step to its episode's end, discounted -> [N]. Nothing is added at a time limit."""
+    return_to_go, end = np.zeros(len(reward)), 0
+    for length in lengths:
+        start, end, following = end, end + length, 0.0
+        for row in range(end - 1, start - 1, -1):
+            following = reward[row] + gamma * following
+            return_to_go[row] = following
+    return return_to_go
+
+
+# Copied from dawm_td3bc.py
+def return_units(args: Args, return_to_go: np.ndarray) -> tuple[float, float]:
+    """Offset and scale that make labels of this data set's return-to-go [N]: (return_to_go - offset) / scale.
+
+    Not one of TASKS: [unspecified] the largest label is 0.6 and, where there are negative returns, the smallest 0.
+    """
+    if args.env_id in TASKS:
+        return 0.0, float(TASKS[args.env_id][0])
+    offset = min(0.0, float(return_to_go.min()))
+    return offset, (float(return_to_go.max()) - offset) / 0.6 or 1.0  # where no reward was ever given, 1
+
+
+# Copied from dawm_td3bc.py
+def target_return(args: Args) -> float | str:
+    """g_eval, in return scales, or "own"."""
+    return TASKS.get(args.env_id, (None, 0.7))[1] if args.target_return is None else args.target_return
+
+
+# Copied from dawm_td3bc.py
+class Windows:
+    """All windows of H+2 states and H+1 rewards, one for each real pair (state, action); gathered when asked for.
+
+    H is model_horizon. Token i of a window holds the state at step i and the reward at step i; the last token's reward
+    slot is 0. No window crosses an episode's end. UserError if no episode is long enough.
+    """
+
+    def __init__(self, args: Args, dataset: OfflineDataset, device: torch.device):
+        self.number_states(dataset)
+        self.go_on_after_falls(args, dataset)
+        self.label_returns(args, dataset)
+        self.action = dataset.action
+        for name, value in vars(self).items():
+            if isinstance(value, np.ndarray):
+                setattr(self, name, torch.as_tensor(value, device=device))
+        self.offsets = torch.arange(args.model_horizon + 2, device=device)
+        self.healthy = None  # the simulator's rule for falls, where it is known
+        if dataset.healthy_low is not None:
+            self.healthy = tuple(torch.as_tensor(x, device=device) for x in (dataset.healthy_low, dataset.healthy_high))
+
+    def number_states(self, dataset: OfflineDataset) -> None:
+        """obs [N + E, obs_dim]: an episode of T transitions has T+1 states, so its rows shift by its number. `start`
+        and `final` [N] are the rows of a pair's own state and of its episode's last one."""
+        self.episode = np.repeat(np.arange(len(dataset.lengths)), dataset.lengths)  # of each pair
+        self.last = np.cumsum(dataset.lengths) - 1  # last pair of each episode
+        self.obs = np.insert(dataset.obs, self.last + 1, dataset.next_obs[self.last], axis=0)
+        self.start = np.arange(len(self.episode)) + self.episode
+        self.final = (self.last + 1 + np.arange(len(self.last)))[self.episode]
+
+    def go_on_after_falls(self, args: Args, dataset: OfflineDataset) -> None:
+        """Which windows are `usable`: those that fit, and those that meet a fall, which go on with its last state.
+
+        The simulator would stop there; else no window would start within H steps of a fall, and the model could not
+        learn what happens next. The reward after a fall lies below all real ones by a quarter of their range, so that
+        generated ends can be told (`is_over`) [unspecified].
+        """
+        fits = self.start + args.model_horizon + 1 <= self.final
+        if not fits.any():
+            raise UserError(
+                f"--model-horizon {args.model_horizon} needs {args.model_horizon + 1} transitions in a row, but the "
+                f"longest episode has {dataset.lengths.max()}; lower it and the rollouts' horizon"
+            )
+        self.usable = fits | dataset.terminated[self.last][self.episode]
+        low, high = float(dataset.reward.min()), float(dataset.reward.max())
+        self.end_reward, self.end_margin = low, -math.inf
+        if (self.usable & ~fits).any():  # else no window shows an end, and nothing that is generated may count as one
+            self.end_reward, self.end_margin = low - (high - low) / 4, low - (high - low) / 8
+        self.reward = np.insert(dataset.reward, self.last + 1, self.end_reward)
+
+    def label_returns(self, args: Args, dataset: OfflineDataset) -> None:
+        """return_to_go [N] from a window's first step on, in units of the return scale."""
+        label = discounted_return_to_go(dataset.reward, dataset.lengths, args.gamma)
+        if args.return_to_go == "window":  # less what is earned behind the window
+            behind = np.arange(len(label)) + args.model_horizon + 1
+            inside = behind <= self.last[self.episode]
+            label = label - args.gamma ** (args.model_horizon + 1) * np.where(
+                inside, np.append(label, 0)[behind * inside], 0
+            )
+        self.return_offset, self.return_scale = return_units(args, label)
+        self.return_to_go = ((label - self.return_offset) / self.return_scale).astype(np.float32)
+
+    def split(self, pairs: torch.Tensor, share: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Indices of the pairs marked in `pairs` [N]: to train on, and those in a random share of the episodes."""
+        episodes = len(self.last)
+        order = torch.randperm(episodes, generator=torch.Generator().manual_seed(seed))
+        count = min(math.ceil(share * episodes), episodes - 1)  # something must be left to train on
+        held_out = torch.isin(self.episode, order[:count].to(pairs.device))
+        return (pairs & ~held_out).nonzero()[:, 0], (pairs & held_out).nonzero()[:, 0]
+
+    def is_over(self, reward: torch.Tensor) -> torch.Tensor:
+        """Whether generated rewards say that the episode had ended before their step -> bool."""
+        return reward < self.end_margin
+
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        """Rows of obs and reward that make up the windows `index` [B] -> [B, H+2]."""
+        return torch.minimum(self.start[index, None] + self.offsets, self.final[index, None])
+
+
+# Copied from dawm_td3bc.py
+class Normalizer(nn.Module):
+    """Each dimension of values [N, dim] to the diffusion's units and back, clipped to the data's range.
+
+    limits: minimum and maximum to -1 and 1. gaussian: mean 0, standard deviation 1. `low` and `high` [dim] are the
+    data's range in these units; a dimension that never changes is 0.
+    """
+
+    def __init__(self, values: torch.Tensor, kind: str):
+        super().__init__()
+        low, high = values.amin(0), values.amax(0)
+        if kind == "limits":
+            shift, scale = (high + low) / 2, (high - low) / 2
+        else:
+            shift, scale = values.mean(0), values.std(0) + 1e-6
+        changes = high > low
+        scale = torch.where(changes, scale, torch.ones_like(scale))
+        self.register_buffer("shift", torch.where(changes, shift, low))
+        self.register_buffer("scale", scale)
+        self.register_buffer("low", (low - self.shift) / scale)
+        self.register_buffer("high", (high - self.shift) / scale)
+
+    def normalize(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., dim] in dataset units."""
+        return ((x - self.shift) / self.scale).clamp(self.low, self.high)
+
+    def denormalize(self, y: torch.Tensor) -> torch.Tensor:
+        """y [..., dim] to dataset units."""
+        return y.clamp(self.low, self.high) * self.scale + self.shift
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. World model: schedule, denoiser, loss, sampler
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+# Copied from dawm_td3bc.py
+def cosine_alpha_bar(num_diffusion_steps: int) -> torch.Tensor:
+    """Cumulative product of 1 - noise_beta for k = 0..K -> [K+1], float64, alpha_bar[0] = 1 [IDDPM Eq. 17]."""
+    k = torch.arange(num_diffusion_steps + 1, dtype=torch.float64) / num_diffusion_steps
+    f = torch.cos((k + 0.008) / 1.008 * math.pi / 2) ** 2
+    noise_beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    return torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - noise_beta, 0)])
+
+
+# Copied from dawm_td3bc.py
+def strided_steps(num_diffusion_steps: int, sampling_steps: int) -> list[int]:
+    """The N of K diffusion steps that sampling visits, ascending, ending at K: 1, 3, 5 for N=3, K=5 [DWM App.]."""
+    if sampling_steps == 1:
+        return [num_diffusion_steps]
+    spacing = (num_diffusion_steps - 1) / (sampling_steps - 1)
+    return [math.floor(1 + i * spacing + 0.5) for i in range(sampling_steps)]
+
+
+# Copied from dawm_td3bc.py
+def posterior_coefficients(alpha_bar: torch.Tensor, steps: list[int]) -> list[tuple[float, float, float]]:
+    """For each visited step, ascending: weight of x0, weight of x_k and std of the next x [IDDPM].
+
+    The betas are those of the shortened chain; the full chain's would leave the noise level inconsistent.
+    """
+    chain = alpha_bar[[0, *steps]]
+    coefficients = []
+    for previous, current in zip(chain[:-1], chain[1:], strict=True):
+        noise_beta = 1 - current / previous
+        weight_x0 = previous.sqrt() * noise_beta / (1 - current)
+        weight_x_k = (1 - noise_beta).sqrt() * (1 - previous) / (1 - current)
+        std = (noise_beta * (1 - previous) / (1 - current)).sqrt()
+        coefficients.append((weight_x0.item(), weight_x_k.item(), std.item()))
+    return coefficients
+
+
+def tokens(windows: Windows) -> torch.Tensor:
+    """Rows [N + E, obs_dim + action_dim + 1] of which windows are made: state, action, reward.
+
+    [unspecified] An episode's last state has an action of 0, which only windows that go on after a fall show.
+    """
+    action = windows.action.new_zeros(len(windows.obs), windows.action.shape[1])
+    action[windows.start] = windows.action
+    return torch.cat([windows.obs, action, windows.reward[:, None]], dim=1)
+
+
+# Copied from dawm_td3bc.py
+class ResidualBlock(nn.Module):
+    """Two convolutions over time with group norm and Mish; the condition is added between them [DD code]."""
+
+    def __init__(self, in_channels: int, out_channels: int, embed_dim: int):
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv1d(in_channels, out_channels, 5, padding=2), nn.GroupNorm(8, out_channels)
+        self.condition = nn.Linear(embed_dim, out_channels)
+        self.conv2, self.norm2 = nn.Conv1d(out_channels, out_channels, 5, padding=2), nn.GroupNorm(8, out_channels)
+        self.skip = nn.Conv1d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.mish = nn.Mish()
+
+    def forward(self, x, embedding):  # [B, in, L], [B, embed_dim] -> [B, out, L]
+        h = self.mish(self.norm1(self.conv1(x))) + self.condition(embedding)[..., None]
+        return self.mish(self.norm2(self.conv2(h))) + self.skip(x)
+
+
+# Adapted from dawm_td3bc.py: its size, with more channels
+class TemporalUNet(nn.Module):
+    """Denoiser of a window x [B, L, channels], given diffusion step k [B], action [B, action_dim], return-to-go [B, 1].
+
+    `keep` [B, 1] is 1 or 0: a dropped return-to-go has a zero embedding [DD code]. Output [B, L, channels].
+    60,720,271 parameters for Hopper at paper scale.
+    """
+
+    def __init__(self, channels: int, action_dim: int, width: int, multipliers: tuple[int, ...]):
+        super().__init__()
+
+        def mlp3(in_dim):  # condition networks of three layers [DAWM App.]
+            return nn.Sequential(
+                nn.Linear(in_dim, width), nn.Mish(), nn.Linear(width, 4 * width), nn.Mish(), nn.Linear(4 * width, width)
+            )
+
+        self.embed_k = nn.Sequential(nn.Linear(width, 4 * width), nn.Mish(), nn.Linear(4 * width, width))
+        self.embed_action, self.embed_return = mlp3(action_dim), mlp3(1)
+        half, embed_dim = width // 2, 3 * width
+        self.register_buffer("frequencies", torch.exp(torch.arange(half) * -math.log(10_000) / (half - 1)))
+        self.mish = nn.Mish()
+        sizes = [channels, *(width * m for m in multipliers)]
+        levels = list(zip(sizes[:-1], sizes[1:], strict=True))
+        self.down = nn.ModuleList()
+        for level, (i, o) in enumerate(levels):
+            blocks = [ResidualBlock(i, o, embed_dim), ResidualBlock(o, o, embed_dim)]
+            shorten = nn.Conv1d(o, o, 3, stride=2, padding=1) if level < len(levels) - 1 else nn.Identity()
+            self.down.append(nn.ModuleList([*blocks, shorten]))
+        self.middle = nn.ModuleList([ResidualBlock(sizes[-1], sizes[-1], embed_dim) for _ in range(2)])
+        self.up = nn.ModuleList()
+        for i, o in reversed(levels[1:]):
+            blocks = [ResidualBlock(2 * o, i, embed_dim), ResidualBlock(i, i, embed_dim)]
+            self.up.append(nn.ModuleList([*blocks, nn.ConvTranspose1d(i, i, 4, stride=2, padding=1)]))
+        self.head_conv, self.head_norm = nn.Conv1d(sizes[1], width, 5, padding=2), nn.GroupNorm(8, width)
+        self.head = nn.Conv1d(width, channels, 1)
+
+    def forward(self, x, k, action, return_to_go, keep):
+        angle = k[:, None] * self.frequencies
+        embedding = [self.embed_k(torch.cat([angle.sin(), angle.cos()], 1)), self.embed_return(return_to_go) * keep]
+        embedding = self.mish(torch.cat([*embedding, self.embed_action(action)], dim=1))  # [B, 3 * width]
+        x, skips = x.transpose(1, 2), []  # [B, channels, L]
+        for block1, block2, shorten in self.down:
+            x = block2(block1(x, embedding), embedding)
+            skips.append(x)
+            x = shorten(x)  # [B, width * multiplier, L / 2], rounded up; the last level stays
+        for block in self.middle:
+            x = block(x, embedding)
+        for block1, block2, lengthen in self.up:
+            x = torch.cat([x, skips.pop()], dim=1)
+            x = lengthen(block2(block1(x, embedding), embedding))
+            x = x[..., : skips[-1].shape[2]]  # 9 tokens become 5, then 10: the last is cropped [unspecified]
+        return self.head(self.mish(self.head_norm(self.head_conv(x)))).transpose(1, 2)
+
+
+# Adapted from dawm_td3bc.py: tokens hold actions too, the first one known
+class WorldModel(nn.Module):
+    """p(next states, next actions, rewards | state, action, return-to-go): a denoiser and the units it works in.
+
+    [deviation] [DAWM Eq. 1] has no next actions. The window x [B, H+2, obs_dim + action_dim + 1] is normalised. Two
+    places in it are known, not generated (`generated` is 0 there): the first state and action, put back before every
+    network call [DD Alg. 1], and the last action and reward slots, which no data defines, kept 0. The first action is
+    a condition of the denoiser as well, so that only its channels differ from DAWM's [unspecified]. `denoiser` has the
+    averaged weights [DWM App.]; training moves a copy of it.
+    """
+
+    def __init__(self, args: Args, windows: Windows):
+        super().__init__()
+        self.args, self.obs_dim, action_dim = args, windows.obs.shape[1], windows.action.shape[1]
+        self.units = Normalizer(tokens(windows), args.normalizer)
+        generated = torch.ones(args.model_horizon + 2, self.obs_dim + action_dim + 1)
+        generated[0, :-1] = generated[-1, self.obs_dim :] = 0
+        self.register_buffer("generated", generated)
+        self.register_buffer("alpha_bar", cosine_alpha_bar(args.diffusion_steps).float())
+        denoiser = TemporalUNet(generated.shape[1], action_dim, args.unet_width, args.unet_multipliers)
+        self.denoiser = fast.on_cpu(denoiser, args.compile)
+
+    def pin(self, x: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
+        """x with the known places of the clean window x0 put back."""
+        return torch.where(self.generated > 0, x, x0)
+
+    def q_sample(self, x0: torch.Tensor, k: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Noised window x_k = sqrt(alpha_bar_k) x0 + sqrt(1 - alpha_bar_k) noise [DAWM Eq. 2], k [B] in 1..K."""
+        alpha_bar = self.alpha_bar[k][:, None, None]
+        return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
+
+    def loss(self, denoiser: nn.Module, x0, action, return_to_go, keep) -> torch.Tensor:
+        """Mean squared error of the prediction over the generated places [DAWM Eq. 2].
+
+        [deviation] Eq. 2 drops the whole condition; as in [DWM App.] only the return-to-go is dropped (`keep` 0), so
+        that guidance pushes the return and leaves the rollout tied to its state and action.
+        """
+        k = torch.randint(1, len(self.alpha_bar), (len(x0),), device=x0.device)
+        noise = torch.randn_like(x0)
+        x_k = self.pin(self.q_sample(x0, k, noise), x0)
+        prediction = denoiser(x_k, k, action, return_to_go, keep)
+        error = prediction - (noise if self.args.prediction == "noise" else x0)
+        return (self.generated * error.square()).sum() / (self.generated.sum() * len(x0))
+
+
+# Adapted from dawm_td3bc.py: actions are sampled with the states
+@torch.no_grad()
+def sample_rollouts(
+    args: Args, world_model: WorldModel, obs, action, return_to_go
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rollouts from obs [B, obs_dim], action [B, action_dim], return_to_go [B, 1] (in units of the return scale).
+
+    Returns obs [B, H+2, obs_dim] and action [B, H+1, action_dim], whose first are the given ones to the bit, and reward
+    [B, H+1], dataset units (H: model_horizon).
+    """
+    batch, units, pair = len(obs), world_model.units, torch.cat([obs, action], dim=1)
+    known = torch.zeros(batch, *world_model.generated.shape, device=obs.device)
+    known[:, 0] = units.normalize(F.pad(pair, (0, 1)))
+    # Both guidance branches, with and without return-to-go, go through the network as one batch.
+    action, return_to_go = torch.cat([action, action]), torch.cat([return_to_go, return_to_go])
+    keep = (torch.arange(2 * batch, device=obs.device) < batch).float()[:, None]
+    alpha_bar = cosine_alpha_bar(args.diffusion_steps)
+    steps = strided_steps(args.diffusion_steps, args.sampling_steps)
+    coefficients = posterior_coefficients(alpha_bar, steps)
+    x = torch.randn_like(known)  # [DWM App.]; DD's code starts from half of it
+    for k, (weight_x0, weight_x_k, std) in reversed([*zip(steps, coefficients, strict=True)]):
+        x = world_model.pin(x, known)
+        k_batch = torch.full((2 * batch,), k, device=obs.device)
+        cond, uncond = world_model.denoiser(torch.cat([x, x]), k_batch, action, return_to_go, keep).chunk(2)
+        prediction = uncond + args.guidance_scale * (cond - uncond)  # [DD Eq. 8], its omega = 1 + [CFG]'s w
+        x0 = prediction
+        if args.prediction == "noise":
+            # At k = K this multiplies the network's error by 103 (K=5): the clamp makes the first step usable.
+            x0 = (x - (1 - alpha_bar[k]).sqrt().item() * prediction) / alpha_bar[k].sqrt().item()
+        x0 = world_model.pin(x0.clamp(units.low, units.high), known)
+        std = args.sampling_temperature * std  # scales std, not variance [DWM]; 0 at the last step
+        x = weight_x0 * x0 + weight_x_k * x + std * torch.randn_like(x)
+    rollout = units.denormalize(x)
+    rollout[:, 0, :-1] = pair
+    return rollout[..., : world_model.obs_dim], rollout[:, :-1, world_model.obs_dim : -1], rollout[:, :-1, -1]
+
+
+# Copied from dawm_td3bc.py
+def world_model_split(args: Args, windows: Windows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices of the windows to train on, and of those held out. UserError if none is left to train on."""
+    train, held_out = windows.split(windows.usable, args.world_model_holdout, args.world_model_seed)
+    if not len(train):
+        raise UserError(f"--world-model-holdout {args.world_model_holdout} keeps every long episode away; lower it")
+    return train, held_out
+
+
+# Adapted from dawm_td3bc.py: tokens hold actions too
+def train_world_model(args: Args, windows: Windows, run: Run) -> WorldModel:
+    """Fit the denoiser by Eq. 2, or by its x0 form."""
+    run.seed("world_model", args.world_model_seed)
+    world_model = WorldModel(args, windows).to(run.device)
+    denoiser = copy.deepcopy(world_model.denoiser)
+    parameters, averaged = list(denoiser.parameters()), list(world_model.denoiser.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=args.world_model_lr, fused=True)
+    train, held_out = world_model_split(args, windows)
+    normalized = world_model.units.normalize(tokens(windows))  # once for all
+
+    def loss_of(denoiser, index):
+        x0 = normalized[windows.rows(index)]
+        x0[:, -1, world_model.obs_dim :] = 0
+        keep = (torch.rand(len(index), 1, device=run.device) >= args.cond_drop_prob).float()
+        return world_model.loss(denoiser, x0, windows.action[index], windows.return_to_go[index, None], keep)
+
+    @torch.no_grad()
+    def held_out_loss():
+        with torch.random.fork_rng():  # the same windows and noise every time, and none of the training's
+            torch.manual_seed(args.world_model_seed)
+            return loss_of(world_model.denoiser, held_out[torch.randint(len(held_out), (512,), device=run.device)])
+
+    with run.stage(
+        train_world_model, args.world_model_steps, "update", keeps=world_model, saves=(denoiser, optimizer)
+    ) as stage:
+        for step in stage:
+            loss = loss_of(
+                denoiser, train[torch.randint(len(train), (args.world_model_batch_size,), device=run.device)]
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if step % args.ema_every == 0 or step == args.world_model_steps:
+                with torch.no_grad():
+                    torch._foreach_lerp_(averaged, parameters, 1 - args.ema_decay if step > args.ema_start else 1.0)
+            if step % args.log_every == 0 or step == args.world_model_steps:
+                run.log(step, {"world_model/loss": loss})
+                if len(held_out):
+                    run.log(step, {"world_model/val_loss": held_out_loss()})
+    return world_model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Inverse dynamics: none. The world model generates the actions with the states.
+# ---------------------------------------------------------------------------------------------------------------------
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Synthesis: states, actions and rewards to full transitions
+# ---------------------------------------------------------------------------------------------------------------------
+# A transition is one row: obs, action, reward, next_obs, terminated. One gather then fetches a whole batch.
+
+
+# Copied from dawm_td3bc.py
+def row_sizes(obs_dim: int, action_dim: int) -> list[int]:
+    """Columns of obs, action, reward, next_obs and terminated in a row."""
+    return [obs_dim, action_dim, 1, obs_dim, 1]
+
+
+# Adapted from dawm_td3bc.py: actions too
+def imagine(args: Args, windows: Windows, world_model: WorldModel, index: torch.Tensor):
+    """States [B, model_horizon+2, obs_dim], actions [B, model_horizon+1, action_dim] and rewards [B, model_horizon+1]
+    that follow the real pairs `index` [B]."""
+    target = target_return(args)
+    if target == "own":
+        target = windows.return_to_go[index, None]
+    else:  # [DAWM Alg. 2]: one g_eval for every pair
+        target = torch.full((len(index), 1), target, device=index.device)
+    return sample_rollouts(args, world_model, windows.obs[windows.start[index]], windows.action[index], target)
+
+
+# Copied from dawm_td3bc.py
+def mark_ends(args: Args, windows: Windows, obs: torch.Tensor, reward: torch.Tensor):
+    """Not in the paper: terminated, reward and valid (false after an end) of the first H+1 steps, each [B, H+1].
+
+    [deviation] The boxes have no (1 - terminated); without it no critic learns that a fall ends the rewards. The
+    simulator's rule alone misses falls that end just inside its limits, and values can then grow without bound on the
+    frozen states that follow: so the model's own sign, a reward below all real ones, counts as well.
+    """
+    over = windows.is_over(reward)
+    terminated = F.pad(over[:, 1:], (0, 1))  # the step before an episode that is over ended it
+    if windows.healthy is not None:
+        low, high = windows.healthy
+        terminated |= ~((obs[:, 1:] > low) & (obs[:, 1:] < high)).all(-1)
+    terminated = terminated[:, : args.horizon + 1] & (args.termination == "rule")
+    ended_before = torch.cumsum(terminated, 1) - terminated.int() > 0
+    return terminated, reward.masked_fill(over, 0)[:, : args.horizon + 1], ~ended_before
+
+
+# Adapted from dawm_td3bc.py: the rollouts bring their actions
+def complete_rollouts(args: Args, windows: Windows, world_model, index: torch.Tensor):
+    """From the real pairs `index` [B], H+1 complete transitions each: rows [B, H+1, row_dim] and valid [B, H+1]."""
+    # Alg. 2: sample rewards and states of H+1 steps, given s_t, a_t and the return; [deviation] and the actions
+    obs, action, reward = imagine(args, windows, world_model, index)
+    terminated, reward, valid = mark_ends(args, windows, obs, reward)
+    obs, action = obs[:, : args.horizon + 2], action[:, : args.horizon + 1]
+    # Alg. 2: label the transitions h = 0..H; only s_t and a_t of the first are real
+    rows = [obs[:, :-1], action, reward[..., None], obs[:, 1:], terminated[..., None]]
+    return torch.cat(rows, dim=-1), valid
+
+
+# Adapted from dawm_td3bc.py: builds on the world model alone
+def synthesize(args: Args, windows: Windows, world_model, run: Run) -> dict[str, torch.Tensor]:
+    """A rollout from every real pair, or one of conditioning_subsample of them: rows [M, H+1, row_dim], valid [M, H+1].
+
+    They stay in the CPU's memory, 4 * row_dim bytes each; the agent takes the valid ones to its device.
+    """
+    run.seed("synthesis", args.synthesis_seed)
+    pairs, action_dim = windows.action.shape
+    chosen = torch.randperm(pairs, device=run.device)[: max(1, pairs // args.conditioning_subsample)]
+    shape, sizes = (len(chosen), args.horizon + 1), row_sizes(world_model.obs_dim, action_dim)
+    rollouts = {"rows": torch.zeros(*shape, sum(sizes)), "valid": torch.zeros(shape, dtype=torch.bool)}
+    with run.stage(synthesize, len(chosen), "pair", keeps=rollouts, after=("world model",)) as stage:
+        for index in stage.over(chosen.split(args.synthesis_batch_size)):
+            here = slice(stage.at, stage.at + len(index))
+            rows, valid = complete_rollouts(args, windows, world_model, index)
+            rollouts["rows"][here], rollouts["valid"][here] = rows, valid
+    _, action, reward, _, terminated = rollouts["rows"].split(sizes, dim=-1)
+    run.log(
+        0,
+        {
+            "synthesis/transitions": rollouts["valid"].sum(),
+            "synthesis/mean_reward": reward[rollouts["valid"]].mean(),
+            "synthesis/action_clip_fraction": (action[:, 1:].abs() > 0.999).float().mean(),
+            "synthesis/fall_fraction": terminated.amax(1).mean(),
+        },
+    )
+    return rollouts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. Agent: TD3+BC
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+# Copied from dawm_td3bc.py
+def real_transitions(dataset: OfflineDataset, device: torch.device) -> torch.Tensor:
+    """The data set as rows [N, row_dim].
+
+    [deviation] Rows at a time limit are kept and bootstrapped, since their successor is known; TD3BC's code skips them.
+    """
+    columns = [dataset.obs, dataset.action, dataset.reward[:, None], dataset.next_obs, dataset.terminated[:, None]]
+    return torch.as_tensor(np.concatenate(columns, axis=1, dtype=np.float32), device=device)
+
+
+# Copied from dawm_td3bc.py
+def mlp(in_dim: int, out_dim: int) -> nn.Sequential:
+    hidden = [nn.Linear(in_dim, 256), nn.ReLU(inplace=True), nn.Linear(256, 256), nn.ReLU(inplace=True)]
+    return nn.Sequential(*hidden, nn.Linear(256, out_dim))
+
+
+# Copied from dawm_td3bc.py
+class Actor(nn.Module):
+    """Deterministic policy: obs [B, obs_dim], dataset units -> action [B, action_dim] in [-1, 1]."""
+
+    def __init__(self, obs_mean: torch.Tensor, obs_std: torch.Tensor, action_dim: int):
+        super().__init__()
+        self.register_buffer("obs_mean", obs_mean)
+        self.register_buffer("obs_std", obs_std)
+        self.net = mlp(len(obs_mean), action_dim)
+
+    def forward(self, obs):
+        return torch.tanh(self.net((obs - self.obs_mean) / self.obs_std))
+
+
+# Copied from dawm_td3bc.py
+class Critic(nn.Module):
+    """Q(obs, action) -> [B]; obs in dataset units."""
+
+    def __init__(self, obs_mean: torch.Tensor, obs_std: torch.Tensor, action_dim: int):
+        super().__init__()
+        self.register_buffer("obs_mean", obs_mean)
+        self.register_buffer("obs_std", obs_std)
+        self.net = mlp(len(obs_mean) + action_dim, 1)
+
+    def forward(self, obs, action):
+        return self.net(torch.cat([(obs - self.obs_mean) / self.obs_std, action], dim=1))[:, 0]
+
+
+# Copied from dawm_td3bc.py
+class TD3BC(nn.Module):
+    """Actor, twin critics and their targets; `update` is one step of [DAWM Alg. 2] in the working form of [TD3BC].
+
+    obs [N, obs_dim] gives the units of the networks: those of the real data, for synthetic data too [TD3BC Sec. 5].
+    """
+
+    def __init__(self, args: Args, obs: torch.Tensor, action_dim: int):
+        super().__init__()
+        self.args, self.row_sizes = args, row_sizes(obs.shape[1], action_dim)
+        units = obs.mean(0), obs.std(0) + 1e-3, action_dim
+        self.actor, self.qf1, self.qf2 = (net(*units).to(obs.device) for net in (Actor, Critic, Critic))
+        self.actor_target, self.qf1_target, self.qf2_target = map(copy.deepcopy, (self.actor, self.qf1, self.qf2))
+        self.qf_parameters = [*self.qf1.parameters(), *self.qf2.parameters()]
+        self.actor_parameters = list(self.actor.parameters())
+        targets = (self.actor_target, self.qf1_target, self.qf2_target)
+        self.target_parameters = [parameter for net in targets for parameter in net.parameters()]
+        self.actor_optimizer = torch.optim.Adam(self.actor_parameters, lr=args.agent_lr, fused=True)
+        self.qf_optimizer = torch.optim.Adam(self.qf_parameters, lr=args.agent_lr, fused=True)
+
+    def update(self, batch: torch.Tensor, update_actor: bool) -> dict[str, torch.Tensor]:
+        """One critic update on rows [B, row_dim] and, if asked for, one actor and target update. Returns losses."""
+        obs, action, reward, next_obs, terminated = batch.split(self.row_sizes, dim=1)
+        # Alg. 2: y = r + gamma min Q'(s', pi'(s')), and a step of each critic on its squared error
+        target = self.td_target(reward[:, 0], next_obs, terminated[:, 0])
+        qf_loss = F.mse_loss(self.qf1(obs, action), target) + F.mse_loss(self.qf2(obs, action), target)
+        self.qf_optimizer.zero_grad()
+        qf_loss.backward(inputs=self.qf_parameters)
+        self.qf_optimizer.step()
+        losses = {"agent/qf_loss": qf_loss.detach(), "agent/qf_target": target.mean()}
+        if update_actor:
+            # Alg. 2: every n-th time a step of the actor, and all targets follow
+            actor_loss, bc_loss = self.actor_loss(obs, action)
+            self.actor_optimizer.zero_grad()
+            actor_loss.backward(inputs=self.actor_parameters)
+            self.actor_optimizer.step()
+            with torch.no_grad():
+                online = self.actor_parameters + self.qf_parameters
+                torch._foreach_lerp_(self.target_parameters, online, self.args.tau)
+            losses |= {"agent/actor_loss": actor_loss.detach(), "agent/bc_loss": bc_loss.detach()}
+        return losses
+
+    @torch.no_grad()
+    def td_target(self, reward, next_obs, terminated) -> torch.Tensor:
+        """r + gamma (1 - terminated) min Q'(s', a'), a' = target policy plus clipped noise [TD3BC], all [B].
+
+        [deviation] [DAWM Alg. 2] prints neither the noise (--policy-noise 0) nor the factor (1 - terminated).
+        """
+        args, next_action = self.args, self.actor_target(next_obs)
+        noise = (torch.randn_like(next_action) * args.policy_noise).clamp(-args.noise_clip, args.noise_clip)
+        next_action = (next_action + noise).clamp(-1, 1)
+        next_value = torch.minimum(self.qf1_target(next_obs, next_action), self.qf2_target(next_obs, next_action))
+        return reward + args.gamma * (1 - terminated) * next_value
+
+    def actor_loss(self, obs, action) -> tuple[torch.Tensor, torch.Tensor]:
+        """-lambda Q + behaviour cloning, and the latter alone; lambda = bc_alpha / mean|Q| [TD3BC Eq. 5].
+
+        [deviation] [DAWM Alg. 2] prints descent on +Q and lambda on both terms, with which the actor would minimise Q.
+        """
+        policy_action = self.actor(obs)
+        q = self.qf1(obs, policy_action)
+        bc_loss = F.mse_loss(policy_action, action)
+        return -self.args.bc_alpha / q.abs().mean().detach() * q.mean() + bc_loss, bc_loss
+
+
+# Copied from dawm_td3bc.py
+def draw_batch(args: Args, real: torch.Tensor, synthetic: torch.Tensor | None) -> torch.Tensor:
+    """Rows [agent_batch_size, row_dim], synthetic_fraction of them synthetic."""
+    num_synthetic = round(args.synthetic_fraction * args.agent_batch_size)
+    sources = ((synthetic, num_synthetic), (real, args.agent_batch_size - num_synthetic))
+    return torch.cat([rows[torch.randint(len(rows), (n,), device=rows.device)] for rows, n in sources if n])
+
+
+# Copied from dawm_td3bc.py
+def train_agent(args: Args, dataset: OfflineDataset, rollouts, complete, evaluator: Evaluator, run: Run) -> TD3BC:
+    """TD3+BC on real rows and on `rollouts` (see synthesize), or, online, on those that complete(index) makes."""
+    run.seed("agent", args.seed)
+    real = real_transitions(dataset, run.device)
+    synthetic = None if rollouts is None else rollouts["rows"][rollouts["valid"]].to(run.device)
+    agent = TD3BC(args, real[:, : dataset.obs.shape[1]], dataset.action.shape[1])
+    # No policy's values lie above this where rewards are like the data's: a mean target beyond it means divergence.
+    run.bounds["agent/qf_target"] = np.abs(dataset.reward).max() / max(1 - args.gamma, 1e-9)
+    online, losses, now = args.synthesis == "online" and args.synthetic_fraction > 0, {}, {}
+    optimizers = agent.actor_optimizer, agent.qf_optimizer
+    with run.stage(
+        train_agent, args.agent_updates, "update", keeps=agent, saves=(*optimizers, losses, now), private=True
+    ) as stage:
+        for update in stage:  # Alg. 2: for i = 1, 2, ...; online, each i is H+1 updates, one for every step h
+            if online:
+                i, h = divmod(update + args.horizon, args.horizon + 1)
+                if h == 0:  # Alg. 2: sample pairs (s_t, a_t) from the data, roll out, fill in the actions
+                    pairs = torch.randint(len(real), (args.agent_batch_size,), device=run.device)
+                    now["rows"], now["valid"] = complete(pairs)
+                batch = now["rows"][:, h][now["valid"][:, h]]
+            else:
+                i, batch = update, draw_batch(args, real, synthetic)
+            if len(batch):  # all rollouts of a small batch may have ended before step h
+                losses |= agent.update(batch, update_actor=i % args.policy_delay == 0)
+            if update % args.log_every == 0 or update == args.agent_updates:
+                run.log(update, losses)
+            if update % args.eval_every == 0 or update == args.agent_updates:
+                evaluate(agent.actor, evaluator, run, update)
+    return agent
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. The whole method [DAWM Alg. 2]
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main(args: Args, run: Run | None = None) -> SimpleNamespace:
+    """All parts that the method has, made, or found where `run` has finished before."""
+    check_args(args)
+    run = run or Run(args)
+    dataset = load_dataset(args.env_id, args.data_path)
+    evaluator = Evaluator(dataset, args.physics, args.eval_episodes)
+    windows = world_model = rollouts = complete = None
+    if args.synthetic_fraction > 0:
+        windows = Windows(args, dataset, run.device)
+        world_model_split(args, windows)  # what it refuses is told before anything is made
+        run.open(dataset, evaluator, return_scale=windows.return_scale, target_return=target_return(args))
+        world_model = train_world_model(args, windows, run)
+        complete = partial(complete_rollouts, args, windows, world_model)
+        if args.synthesis == "dataset":
+            rollouts = synthesize(args, windows, world_model, run)
+    else:
+        run.open(dataset, evaluator)
+        run.say("control", "--synthetic-fraction 0: no world model, the agent on the real data")
+    agent = train_agent(args, dataset, rollouts, complete, evaluator, run)
+    run.finish(score_report(dataset, run.history["eval/episodic_return"], evaluator))
+    return SimpleNamespace(
+        args=args, run=run, dataset=dataset, evaluator=evaluator, windows=windows, world_model=world_model,
+        rollouts=rollouts, complete=complete, agent=agent, actor=agent.actor,
+    )  # fmt: skip
+
+
+# Copied from dawm_td3bc.py
+def load_run(folder) -> SimpleNamespace:
+    """The parts of a finished run, from its folder alone: `main` once more, with every stage found and none made."""
+    run = Run.finished(folder, Args)
+    return main(run.args, run)
+
+
+if __name__ == "__main__":
+    run_script(main, Args, LAPTOP)
