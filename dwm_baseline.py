@@ -523,7 +523,7 @@ def train_world_model(args: Args, windows: Windows, run: Run) -> WorldModel:
     """Fit the denoiser by Eq. 2, or by its x0 form."""
     run.seed("world_model", args.world_model_seed)
     world_model = WorldModel(args, windows).to(run.device)
-    denoiser = copy.deepcopy(world_model.denoiser)
+    denoiser = fast.on_cpu(copy.deepcopy(world_model.denoiser), args.compile)
     parameters, averaged = list(denoiser.parameters()), list(world_model.denoiser.parameters())
     optimizer = torch.optim.Adam(parameters, lr=args.world_model_lr, fused=True)
     train, held_out = world_model_split(args, windows)

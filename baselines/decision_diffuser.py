@@ -483,6 +483,7 @@ def train_decision_diffuser(args: Args, windows: Windows, run: Run) -> DecisionD
     run.seed("decision_diffuser", args.seed)
     model = DecisionDiffuser(args, windows).to(run.device).eval()
     learner = copy.deepcopy(model).train()
+    fast.on_cpu(learner.denoiser, args.compile)  # a copy is not compiled
     parameters, averaged = list(learner.parameters()), list(model.parameters())
     optimizer = torch.optim.Adam(parameters, lr=args.world_model_lr, fused=True)
     normalized = model.units.normalize(windows.obs)  # once for all

@@ -64,10 +64,12 @@ def parse_args(args_class: type, laptop: dict, presets: dict[str, dict] | None =
     words = " ".join(sys.argv[1:]).replace("--preset=", "--preset ").split()
     named = [(presets or {}).get(value, {}) for flag, value in itertools.pairwise(words) if flag == "--preset"]
     defaults = args_class(**((named[-1] if named else {}) | (laptop if "--laptop" in words else {})))
+    if {"-h", "--help"} & {*sys.argv}:
+        print(sys.modules[args_class.__module__].__doc__)  # by itself: tyro would join its lines
     told = io.StringIO()
     try:
         with redirect_stderr(told):
-            args = tyro.cli(args_class, default=defaults, description=sys.modules[args_class.__module__].__doc__)
+            args = tyro.cli(args_class, default=defaults, description="")
     except SystemExit as stop:
         if not stop.code:
             raise  # --help
@@ -152,8 +154,14 @@ class Signals:
         os._exit(STOPPED)
 
 
+def command() -> list[str]:
+    """The words behind `python` that started this process."""
+    spec = sys.modules["__main__"].__spec__  # of python -m MODULE
+    return [*(["-m", spec.name] if spec else sys.argv[:1]), *sys.argv[1:]]
+
+
 def how_to_go_on() -> str:
-    return f"to go on: {shlex.join([Path(sys.executable).name, *sys.argv])}"
+    return f"to go on: {shlex.join([Path(sys.executable).name, *command()])}"
 
 
 def tell(main) -> None:

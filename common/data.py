@@ -27,7 +27,7 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
 from common import UserError
-from common.evaluation import described, fall_rule, from_box, is_unchanged, make_env, plain, robot_of
+from common.evaluation import LEARNING, described, fall_rule, from_box, is_unchanged, make_env, plain, robot_of
 from common.files import locked, one_line, sha256_of
 
 ROBOTS = {"hopper": "Hopper-v4", "walker2d": "Walker2d-v4", "halfcheetah": "HalfCheetah-v4"}
@@ -45,7 +45,6 @@ MINARI_KEYS = ("observations", "actions", "rewards", "terminations", "truncation
 CONNECT_SECONDS = 2  # offline must be told within two seconds
 MAX_FILE_BYTES = 4 * 2**30  # the largest D4RL locomotion file has under 1 GiB
 UNBOUNDED = 1e10  # of an action; some write the largest float for infinity
-LEARNING = ("NormalizeObservation", "NormalizeReward")  # wrappers with a memory that no spec carries
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system that grants none
 UNREADABLE = (OSError, RuntimeError, LookupError, TypeError, ValueError, AssertionError, AttributeError, MemoryError)
 
@@ -210,7 +209,7 @@ def _load_d4rl(env_id: str, data_path: Path | None) -> OfflineDataset:
     if len({array.shape[:1] for array in columns.values()}) > 1 or not columns["rewards"].size:
         shapes = {key: array.shape for key, array in columns.items()}
         raise UserError(f"{path}: arrays of unequal or zero length {shapes}; every key needs one row per step")
-    dataset = _checked(facts | {"spec": gym.registry[ROBOTS[robot]], "physics": "d4rl"}, columns)
+    dataset = _checked(facts | {"spec": plain(gym.registry[ROBOTS[robot]]), "physics": "d4rl"}, columns)
     dataset.note = _compare_with_published(dataset)
     if dataset.note.startswith("not the published") and data_path is None:
         raise UserError(f"{path}: {dataset.note}; delete it to download again, or use it knowingly with --data-path")
@@ -345,7 +344,7 @@ def _load_minari(env_id: str) -> OfflineDataset:
             if not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
                 raise UserError(
                     f"{path} has {what} of {type(space).__name__}{space.shape or ''}; flat Boxes are needed: ten lines "
-                    "in docs/data.md store Dict, Tuple or image observations anew through gymnasium's FlattenObservation; "
+                    "in docs/data.md store Dict, Tuple or image observations anew through FlattenObservation; "
                     "discrete actions are not for these methods"
                 )
         main = path / "data" / "main_data.hdf5"

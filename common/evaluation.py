@@ -27,6 +27,7 @@ RECORDERS = (
     "RecordEpisodeStatistics", "RecordVideo", "HumanRendering", "RenderCollection", "DataCollector",
     "StepDataCollector", "Monitor",
 )  # fmt: skip
+LEARNING = ("NormalizeObservation", "NormalizeReward")  # wrappers whose statistics no spec carries
 RENDERING = {"width", "height", "camera_id", "camera_name", "default_camera_config", "max_geom", "visual_options"}
 HEIGHT = {"HopperEnv": 1, "Walker2dEnv": 1, "AntEnv": 2, "HumanoidEnv": 2}  # where qpos has it; x (and y) stand before
 ENDLESS = ("HalfCheetahEnv", "SwimmerEnv", "ReacherEnv", "PusherEnv", "HumanoidStandupEnv", "PendulumEnv")
@@ -195,21 +196,26 @@ class Evaluator:
         Episode i starts from reset(seed + i). Actions are clipped to the action space, as D4RL's wrapper did; the
         MuJoCo environments of gymnasium do not clip by themselves.
         """
-        if self.dataset.spec.additional_wrappers:  # some learn (NormalizeObservation): every evaluation starts alike
-            self.envs = [make_env(self.dataset.spec, self.physics) for _ in self.envs]
-        obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(self.envs)])
-        returns, self.running = np.zeros(len(self.envs)), np.arange(len(self.envs))
-        for _ in range(self.max_steps):
-            actions = policy(obs[self.running].astype(np.float32))
-            actions = to_box(actions, self.dataset.action_low, self.dataset.action_high)
-            over = np.zeros(len(self.envs), bool)
-            for i, action in zip(self.running, actions, strict=True):
-                obs[i], reward, terminated, truncated, _ = self.envs[i].step(action)
-                returns[i] += reward
-                over[i] = terminated or truncated
-            self.running = self.running[~over[self.running]]
-            if len(self.running) == 0:
-                break
+        spec, count = self.dataset.spec, len(self.envs)
+        if spec.additional_wrappers:  # one may have a memory: every evaluation starts alike
+            self.envs = [make_env(spec, self.physics) for _ in range(count)]
+        batches = [np.arange(count)]
+        if any(x.name in LEARNING for x in spec.additional_wrappers):  # as the data were recorded: one after the other
+            self.envs, batches = self.envs[:1] * count, np.arange(count)[:, None]
+        returns = np.zeros(count)
+        for self.running in batches:
+            obs = {i: self.envs[i].reset(seed=seed + int(i))[0] for i in self.running}
+            for _ in range(self.max_steps):
+                actions = policy(np.stack([obs[i] for i in self.running]).astype(np.float32))
+                actions = to_box(actions, self.dataset.action_low, self.dataset.action_high)
+                over = []
+                for i, action in zip(self.running, actions, strict=True):
+                    obs[i], reward, terminated, truncated, _ = self.envs[i].step(action)
+                    returns[i] += reward
+                    over.append(terminated or truncated)
+                self.running = self.running[~np.array(over)]
+                if len(self.running) == 0:
+                    break
         return returns
 
     def score(self, mean_return: float) -> float | None:
@@ -269,7 +275,7 @@ class Stepper:
                 state = np.concatenate([np.zeros(self.hidden), obs[i]])  # the place along the track is free
                 env.set_state(state[: env.model.nq], state[env.model.nq :])
                 next_obs[i], reward[i], terminated[i], _, _ = env.step(action[i])
-                if not np.isclose(env.data.time, env.dt):  # MuJoCo began anew, from a state that it cannot go on from
+                if env.data.warning.number[int(mujoco.mjtWarning.mjWARN_BADQPOS) :].any():  # it began anew elsewhere
                     next_obs[i], reward[i] = np.nan, np.nan
 
         with _quiet(), ThreadPoolExecutor(len(self.envs)) as pool:

@@ -55,7 +55,7 @@ def main(args: Args) -> None:
     rows, valid, manifest = read_set(args.source)
     data = manifest["run"]["data"]
     path = manifest["run"]["args"]["data_path"]
-    dataset = load_dataset(data["env_id"], path and Path(path))
+    dataset = load_dataset(data["env_id"], path and Path(manifest["run"]["cwd"], path))
     if dataset.fingerprint != data["fingerprint"]:
         raise UserError(f"{args.source} was made from other data than {dataset.path} holds now")
     width = 2 * dataset.obs.shape[1] + dataset.action.shape[1] + 2
@@ -238,10 +238,10 @@ def write_minari(work: Path, name: str, columns: dict, lengths: np.ndarray, data
 
 
 def provenance_of(source: Path, manifest: dict, valid: np.ndarray) -> dict:
-    told, script = manifest["run"], Path(manifest["run"]["command"][0]).name
+    told = manifest["run"]
     return {
-        "description": f"Synthetic transitions made by {script} from {told['data']['env_id']}, not recorded ones.",
-        "method": Path(script).stem,
+        "description": f"Synthetic transitions made by {told['module']} from {told['data']['env_id']}, not recorded.",
+        "method": told["module"],
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "source": {"file": str(source), "fingerprint": manifest["fingerprint"], "depends": manifest["depends"]},
         "counts": {"transitions": int(valid.sum()), "rollouts": len(valid), "longest_rollout": int(valid.sum(1).max())},

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from common import UserError
-from common.cli import args_of
+from common.cli import args_of, command
 from common.files import disk_trouble, take_lock, write_text, write_whole
 from common.stages import Stage
 
@@ -74,9 +74,11 @@ class Run:
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"{folder} is not the folder of a run: it holds no readable args.json")
         if not (folder / "summary.txt").exists():
-            raise UserError(f"{folder} has not finished: give its command again, {' '.join(content['command'])}")
+            raise UserError(f"{folder} has not finished: give its command again: python {' '.join(content['command'])}")
         if args.device == "cuda" and not torch.cuda.is_available():
             args.device = "auto"
+        args.run_dir, args.stage_dir = folder.parent, Path(content["cwd"], args.stage_dir)
+        args.data_path = args.data_path and Path(content["cwd"], args.data_path)
         run = cls(args)
         run.reading, run.folder, run.content, run.made_on = True, folder, content, content["hardware"]["made_on"]
         return run
@@ -95,7 +97,8 @@ class Run:
             return
         self.content = {
             "args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()},
-            "data": data, "constants": constants, "physics": evaluator.physics, "command": sys.argv, "cwd": os.getcwd(),
+            "data": data, "constants": constants, "physics": evaluator.physics,
+            "module": _module_of(self.args), "command": command(), "cwd": os.getcwd(),
             "code": _code_of(self.args), "git": _git_revision(),
             "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
             "hardware": {
@@ -275,6 +278,12 @@ def _import_wandb():
     except ImportError:
         raise UserError("--track needs Weights & Biases: pip install wandb")
     return wandb
+
+
+def _module_of(args) -> str:
+    """The script that args belongs to, as `python -m` and `import` name it."""
+    name, spec = type(args).__module__, sys.modules["__main__"].__spec__
+    return name if name != "__main__" else spec.name if spec else Path(sys.argv[0]).stem
 
 
 def _code_of(args) -> str:

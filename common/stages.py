@@ -63,7 +63,7 @@ class Stage:
             self.lock = take_lock(self.path, lambda: self._say(waiting))
             for left in self.path.parent.glob(f".{self.path.name}.*"):  # of a process that was killed while it kept
                 left.unlink(missing_ok=True)
-        self.run.kept[self.name] = str(self.path)
+        self.run.kept[self.name] = str(self.path.absolute())
         self.run.elsewhere, self.first_record = 0.0, len(self.run.records)
         self.start = self.last_saved = self.last_line = time.monotonic()
         self.bar = tqdm(
@@ -89,7 +89,7 @@ class Stage:
         if kind is None and not self.found:
             seconds = self._seconds()
             rate = self.at / seconds
-            self.run.stages[self.name] = (seconds, f"{rate:,.0f} {self.unit}s/s")
+            self.run.stages[self.name] = (seconds, f"{rate:{',.0f' if rate >= 10 else '.2g'}} {self.unit}s/s")
             self.run.log(self.at, {f"time/{self.name.replace(' ', '_')}_{self.unit}s_per_second": rate})
             self._keep()
         if self.lock:

@@ -1,15 +1,87 @@
-"""common/evaluation.py: D4RL's masses, episodes side by side equal to one at a time, the score."""
+"""common/evaluation.py: the environment that a set names, D4RL's masses, side by side, the fall rule, scores."""
 
+import copy
+
+import gymnasium as gym
 import mujoco
 import numpy as np
 import pytest
+from gymnasium import spaces, wrappers
 
 from common import UserError
-from common.evaluation import Evaluator, Stepper, make_env, normalized_score, score_report
+from common.data import OfflineDataset
+from common.evaluation import (
+    Evaluator,
+    Stepper,
+    fall_rule,
+    from_box,
+    is_unchanged,
+    make_env,
+    normalized_score,
+    plain,
+    score_report,
+    to_box,
+)  # fmt: skip
 
 # Body masses in kg: today's MuJoCo computes capsules exactly; until 2.1.0 a capsule of radius r and half-length h
 # weighed as a cylinder of length 2 h + r, 1000 pi r^2 (2 h + r). HalfCheetah's are scaled to 14 in total.
 HOPPER = {"stock": [3.665191, 4.057891, 2.781357, 5.315575], "d4rl": [3.534292, 3.926991, 2.714336, 5.089380]}
+WITH_X = {"exclude_current_positions_from_observation": False}
+
+
+class Bowl(gym.Env):
+    """A ball pushed over a line; known by its entry point only, and with observations in a dictionary on demand."""
+
+    action_space = spaces.Box(np.float32([-3, 0]), np.float32([1, 0.5]))
+
+    def __init__(self, nested=False):
+        place = spaces.Box(-np.inf, np.inf, (2,), np.float32)
+        self.nested, self.observation_space = nested, spaces.Dict(place=place) if nested else place
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.place = self.np_random.uniform(-1, 1, 2).astype(np.float32)
+        return self.seen(), {}
+
+    def step(self, action):
+        self.place = self.place + np.float32(0.1) * action
+        return self.seen(), -float(np.square(self.place).sum()), bool(self.place[0] < -4), False, {}
+
+    def seen(self):
+        return {"place": self.place} if self.nested else self.place
+
+
+class Plain(gym.Wrapper):
+    """Cannot be made again: it keeps no record of its arguments."""
+
+
+class Tired(gym.ActionWrapper, gym.utils.RecordConstructorArgs):
+    """A user's own wrapper: actions lose strength."""
+
+    def __init__(self, env, strength):
+        gym.utils.RecordConstructorArgs.__init__(self, strength=strength)
+        gym.ActionWrapper.__init__(self, env)
+
+        self.strength = np.float32(strength)
+
+    def action(self, action):
+        return self.strength * action
+
+
+gym.register("Bowl-v0", entry_point=f"{__name__}:Bowl", max_episode_steps=50)
+gym.register("EndlessBowl-v0", entry_point=f"{__name__}:Bowl")
+
+
+def dataset_of(env, physics="stock", **changes) -> OfflineDataset:
+    """What the evaluator needs of a set recorded in env: its spec and its spaces."""
+    obs, action = (np.zeros((7, *space.shape), np.float32) for space in (env.observation_space, env.action_space))
+    facts = dict(
+        env_id="x", source="x", path="x", sha256="x", note="", spec=plain(env.spec), physics=physics, obs=obs,
+        action=action, reward=np.ones(7, np.float32), next_obs=obs, terminated=np.zeros(7, bool),
+        lengths=np.array([4, 3]), complete=np.ones(2, bool),
+        action_low=env.action_space.low, action_high=env.action_space.high,
+    )  # fmt: skip
+    return OfflineDataset(**facts | changes)
 
 
 @pytest.mark.parametrize("physics", ["stock", "d4rl"])
@@ -36,83 +108,178 @@ def test_old_capsules_by_formula():
         np.testing.assert_allclose(sorted(model.body_inertia[body]), sorted(inertia), rtol=1e-9)
 
 
-def test_the_physics_differ_where_it_matters():
-    """Same start, same actions: the two physics part by more than rounding within a few steps."""
-    observations = []
-    for physics in ("d4rl", "stock"):
-        env = make_env("Hopper-v4", physics)
-        env.reset(seed=0)
-        observations.append([env.step(np.full(3, 0.5))[0] for _ in range(10)][-1])
-    assert np.abs(observations[0] - observations[1]).max() > 1e-3
+ENVIRONMENTS = {  # name: how the data were recorded, and the physics
+    "d4rl hopper": (lambda: gym.make("Hopper-v4"), "d4rl"),
+    "d4rl walker2d": (lambda: gym.make("Walker2d-v4"), "d4rl"),
+    "cheetah": (lambda: gym.make("HalfCheetah-v5", max_episode_steps=200), "stock"),
+    "arguments": (lambda: gym.make("Hopper-v5", healthy_z_range=(0.2, 9.0), healthy_reward=2.5, **WITH_X), "stock"),
+    "no fall": (lambda: gym.make("Hopper-v4", terminate_when_unhealthy=False, max_episode_steps=80), "stock"),
+    "actions to 2": (lambda: gym.make("Pendulum-v1"), "stock"),
+    "rescaled": (lambda: wrappers.RescaleAction(gym.make("Pendulum-v1"), -1, 1), "stock"),
+    "normalised": (lambda: wrappers.NormalizeObservation(gym.make("Hopper-v5")), "stock"),
+    "shorter": (lambda: wrappers.TimeLimit(gym.make("Hopper-v5"), 12), "stock"),
+    "own wrapper": (lambda: Tired(gym.make("Bowl-v0"), 0.5), "stock"),
+    "dictionary": (lambda: wrappers.FlattenObservation(gym.make("Bowl-v0", nested=True)), "stock"),
+    "watched": (lambda: wrappers.RecordEpisodeStatistics(gym.make("Bowl-v0")), "stock"),
+}
 
 
-EVERYTHING = {"exclude_current_positions_from_observation": False}
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize(
-    "simulator, physics, kwargs, known",
-    [
-        ("Hopper-v4", "d4rl", {}, True), ("Walker2d-v4", "d4rl", {}, True), ("HalfCheetah-v4", "stock", {}, True),
-        ("Hopper-v4", "stock", {"terminate_when_unhealthy": False}, True), ("HalfCheetah-v5", "stock", {}, True),
-        ("Hopper-v5", "stock", {"terminate_when_unhealthy": False}, True), ("Hopper-v5", "stock", {}, True),
-        ("Walker2d-v5", "stock", {"ctrl_cost_weight": 2}, True), ("Hopper-v4", "stock", EVERYTHING, False),
-        ("Pusher-v5", "stock", {}, False),
-    ],
-)  # fmt: skip
-def test_side_by_side_equals_one_environment_stepped(simulator, physics, kwargs, known, dtype):
-    """Bit-identical returns, actions beyond the bounds clipped, falls and the time limit respected."""
-    episodes, seed = 4, 11
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", ENVIRONMENTS)
+def test_side_by_side_equals_one_environment_stepped(case):
+    """Bit-identical returns to the environment that the spec makes, one episode after the other; actions mapped to its
+    Box and clipped to it; the same again at the next evaluation, also after a wrapper has learned."""
+    make, physics = ENVIRONMENTS[case]
+    env, episodes, seed = make(), 3, 11
+    low, high = env.action_space.low, env.action_space.high
 
     def policy(obs):  # deterministic, leaves the bounds, and falls at different times
-        action = 1.5 * np.sin(3 * obs[:, :3].sum(1, keepdims=True) + np.arange(env.action_space.shape[0]))
-        return action.astype(dtype)
+        assert obs.dtype == np.float32
+        place = np.arange(low.size, dtype=np.float32)
+        return np.float32(1.5) * np.sin(3 * obs[:, :3].sum(1, keepdims=True) + place)
 
-    env = make_env(simulator, physics, **kwargs)
-    plain = []
+    expected, recovered = [], make_env(env.spec, physics)
     for episode in range(episodes):
-        obs, _ = env.reset(seed=seed + episode)
+        obs, _ = recovered.reset(seed=seed + episode)
         total, over = 0.0, False
         while not over:
-            action = np.clip(policy(obs[None].astype(np.float32))[0], env.action_space.low, env.action_space.high)
-            obs, reward, terminated, truncated, _ = env.step(action)
+            action = policy(obs[None].astype(np.float32))[0]
+            action = np.clip((low + high) / 2 + (high - low) / 2 * action, low, high)
+            obs, reward, terminated, truncated, _ = recovered.step(action)
             total, over = total + reward, terminated or truncated
-        plain.append(total)
-    evaluator = Evaluator(simulator, physics, episodes, kwargs)
-    np.testing.assert_array_equal(evaluator(policy, seed), plain)
-    np.testing.assert_array_equal(evaluator(policy, seed), plain)  # and again: no state is left over
-    assert evaluator.known == known
+        expected.append(total)
+    evaluator = Evaluator(dataset_of(env, physics), "auto", episodes)
+    assert evaluator.physics == physics
+    for _ in range(2):
+        np.testing.assert_array_equal(evaluator(policy, seed), expected)
 
 
-@pytest.mark.parametrize("robot", ["Hopper", "Walker2d", "HalfCheetah"])
+def test_no_limit():
+    """The longest episode of the data ends an evaluation: four steps here."""
+    evaluator = Evaluator(dataset_of(gym.make("EndlessBowl-v0")), "auto", 1)
+    steps = []
+    evaluator(lambda obs: steps.append(evaluator.running.tolist()) or np.zeros((len(obs), 2), np.float32), 0)
+    assert steps == [[0]] * 4
+
+
+@pytest.mark.parametrize("mode", ["human", "rgb_array"])
+def test_nothing_opens_a_window_or_writes_a_film(mode, tmp_path):
+    """As specs of sets recorded on a desktop have it; HumanRendering and RecordVideo alike."""
+    spec = copy.deepcopy(gym.spec("Pendulum-v1"))
+    spec.kwargs = {"render_mode": mode, "g": 9.0}
+    film = wrappers.RecordVideo.wrapper_spec(video_folder=str(tmp_path / "film"))
+    spec.additional_wrappers = (film, wrappers.HumanRendering.wrapper_spec())
+    assert plain(spec).kwargs == {"g": 9.0} and plain(spec).additional_wrappers == ()
+    assert spec.kwargs["render_mode"] == mode  # the original stays as it is
+    assert not (tmp_path / "film").exists()
+
+
+def test_boxes():
+    """By hand; to the bit the same for [-1, 1]; a Box without width gives its one value and 0."""
+    low, high = np.float32([-3, 0, 2]), np.float32([1, 0.5, 2])
+    np.testing.assert_array_equal(to_box(np.float32([[-1, 1, 0.3], [0, 0, -1], [9, -9, 9]]), low, high),
+                                  [[-3, 0.5, 2], [-1, 0.25, 2], [1, 0, 2]])  # fmt: skip
+    np.testing.assert_array_equal(from_box(np.float32([[-3, 0.5, 2], [-1, 0.25, 2]]), low, high), [[-1, 1, 0], [0] * 3])
+    action = np.random.default_rng(0).uniform(-1, 1, (1000, 3)).astype(np.float32)
+    for mapped in (to_box(action, -np.ones(3), np.ones(3)), from_box(action, -np.ones(3), np.ones(3))):
+        np.testing.assert_array_equal(mapped, action)
+    assert to_box(action, low, high).dtype == np.float32
+    huge = np.full(1, np.finfo(np.float32).max)
+    np.testing.assert_array_equal(to_box(np.float32([[0.5]]), -huge, huge), [huge / 2])
+
+
 @pytest.mark.parametrize("version, physics", [("v4", "d4rl"), ("v5", "stock")])
-def test_single_steps_equal_the_environment(robot, version, physics):
+@pytest.mark.parametrize(
+    "robot, arguments", [("Hopper", {}), ("Walker2d", {}), ("HalfCheetah", {}), ("Hopper", WITH_X)]
+)
+def test_single_steps_equal_the_environment(robot, arguments, version, physics):
     """Next obs, reward and fall to the bit, over random play with falls, and whichever state came before."""
-    env, rows, rng = make_env(f"{robot}-{version}", physics).unwrapped, [], np.random.default_rng(0)
+    whole, rows, rng = gym.make(f"{robot}-{version}", **arguments), [], np.random.default_rng(0)
+    env = make_env(whole.spec, physics).unwrapped
     obs, _ = env.reset(seed=0)
-    for _ in range(150):
-        action = rng.uniform(-1, 1, env.action_space.shape)
+    hidden = 0 if arguments else 1
+    for _ in range(100):
+        action = rng.uniform(-1, 1, env.action_space.shape).astype(np.float32)
         mujoco.mj_resetData(env.model, env.data)
-        env.set_state(np.concatenate([[0], obs[: env.model.nq - 1]]), obs[env.model.nq - 1 :])
+        env.set_state(np.r_[[0] * hidden, obs[: env.model.nq - hidden]], obs[env.model.nq - hidden :])
         next_obs, reward, terminated, _, _ = env.step(action)
         rows.append((obs, action, next_obs, reward, terminated))
         obs = env.reset()[0] if terminated else next_obs
     obs, action, *outcome = map(np.array, zip(*rows, strict=True))
-    stepper = Stepper(f"{robot}-{version}", physics, threads=2)
+    stepper = Stepper(dataset_of(whole, physics), "auto", threads=2)
     for expected, made in zip(outcome, stepper(obs, action), strict=True):
         np.testing.assert_array_equal(made, expected)
     assert outcome[2].any() == (robot != "HalfCheetah")
-    clipped = (np.abs(obs[:, env.model.nq - 1 :]) == 10).any(1)
+    clipped = (np.abs(obs[:, env.model.nq - hidden :]) == 10).any(1)
     np.testing.assert_array_equal(stepper.checkable(obs), ~clipped if robot != "HalfCheetah" else True)
 
 
 def test_single_steps_only_where_a_state_can_be_set():
-    with pytest.raises(UserError, match="InvertedPendulum-v5 has no state that can be set from an observation"):
-        Stepper("InvertedPendulum-v5", "stock")
-    with pytest.raises(UserError, match=r"observes \(12,\), not the 11 positions"):
-        Stepper("Hopper-v4", "d4rl", {"exclude_current_positions_from_observation": False})
-    next_obs, reward, _ = Stepper("Hopper-v4", "d4rl")(np.full((1, 11), 1e9), np.zeros((1, 3)))
+    for env in (gym.make("InvertedPendulum-v5"), wrappers.NormalizeObservation(gym.make("Hopper-v5"))):
+        with pytest.raises(UserError, match="has no state that can be set from an observation"):
+            Stepper(dataset_of(env))
+    stepper = Stepper(dataset_of(gym.make("Hopper-v5")))
+    next_obs, reward, _ = stepper(np.full((1, 11), 1e9), np.zeros((1, 3), np.float32))
     assert np.isnan(next_obs).all() and np.isnan(reward).all()
+
+
+RULES = [  # environment, arguments, what of next_obs it looks at
+    ("Hopper-v4", {}, range(11)), ("Hopper-v5", WITH_X, range(1, 12)), ("Walker2d-v4", {}, [0, 1]),
+    ("Hopper-v5", {"healthy_z_range": (0.9, 1.3), "healthy_angle_range": [-0.1, 0.5]}, range(11)),
+    ("Hopper-v5", {"healthy_state_range": (-2, 2)}, range(11)), ("Walker2d-v5", WITH_X, [1, 2]),
+    ("Ant-v5", {"healthy_z_range": (0.5, 0.8)}, [0]), ("Humanoid-v5", WITH_X, [2]),
+    ("Hopper-v5", {"terminate_when_unhealthy": False}, []), ("HalfCheetah-v5", {}, []), ("Pendulum-v1", {}, []),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name, arguments, looks", RULES)
+def test_the_fall_rule_is_the_simulators(name, arguments, looks):
+    """On random play it says of each next state, rounded to float32, what the simulator said."""
+    env = gym.make(name, max_episode_steps=40, **arguments)
+    low, high = fall_rule(env)
+    assert np.flatnonzero(np.isfinite(low) | np.isfinite(high)).tolist() == list(looks)
+    env.action_space.seed(0)
+    falls = 0
+    for episode in range(4):
+        env.reset(seed=episode)
+        over = False
+        while not over:
+            obs, _, terminated, truncated, _ = env.step(env.action_space.sample())
+            obs = obs.astype(np.float32)
+            assert (not ((low < obs) & (obs < high)).all()) == terminated
+            falls, over = falls + terminated, terminated or truncated
+    assert (falls > 0) == bool(looks)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_rule_is_known_behind_a_wrapper_or_of_other_peoples_robots():
+    hopper = gym.make("Hopper-v5")
+    assert fall_rule(wrappers.ClipAction(hopper)) is not None  # observations pass unchanged
+    assert fall_rule(wrappers.DtypeObservation(hopper, np.float32)) is not None
+    for wrapped in (wrappers.NormalizeObservation(hopper), wrappers.TimeAwareObservation(hopper)):
+        assert fall_rule(wrapped) is None
+    assert fall_rule(gym.make("Bowl-v0")) is None and fall_rule(gym.make("InvertedPendulum-v5")) is None
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_scores_are_for_the_unchanged_environment():
+    """D4RL's reference returns say nothing of other arguments, step limits or wrappers."""
+    for same in (
+        gym.make("Hopper-v4"),
+        gym.make("Hopper-v5", healthy_z_range=[0.7, float("inf")], healthy_reward=1.0, width=64),
+        wrappers.RecordEpisodeStatistics(gym.make("Walker2d-v5")),
+    ):
+        assert is_unchanged(plain(same.spec)) and dataset_of(same).robot in ("hopper", "walker2d")
+    for other in (
+        gym.make("Hopper-v5", healthy_z_range=(0.2, float("inf"))),
+        gym.make("Hopper-v5", ctrl_cost_weight=1.0),
+        gym.make("Hopper-v5", max_episode_steps=500),
+        wrappers.RescaleAction(gym.make("Hopper-v5"), -2, 2),
+        wrappers.NormalizeReward(gym.make("Hopper-v5")),
+        gym.make("Bowl-v0"),
+    ):
+        assert dataset_of(other).robot == "" and Evaluator(dataset_of(other), "auto", 1).score(3000) is None
 
 
 @pytest.mark.parametrize(
@@ -124,16 +291,33 @@ def test_normalized_score(robot, mean_return, score):
     assert normalized_score(robot, mean_return) == pytest.approx(score, abs=1e-4)
 
 
-def test_a_simulator_without_reference_gets_the_raw_return_and_says_so():
-    evaluator = Evaluator("InvertedPendulum-v5", "stock", 2)
-    report = score_report("", np.array([5.0, 7.0]), [1.0, 9.0, 4.0], evaluator)
-    assert normalized_score("", 5.0) is None
-    assert all("no D4RL reference" in report[key] for key in ("data's own mean", "final", "best (hindsight)"))
-    assert "4.0" in report["final"] and "9.0" in report["best (hindsight)"] and "4.7" in report["mean of last 3"]
+def test_closing_lines():
+    """The data's own mean is (4 + 3) / 2; a mean of ten only where there are more; no mean of pieces of episodes."""
+    data = dataset_of(gym.make("Pendulum-v1", g=5))
+    evaluator = Evaluator(data, "auto", 2)
+    history = [(step, float(step)) for step in range(10)]
+    report = score_report(data, history, evaluator)
+    assert list(report) == ["data's own mean", "final", "evaluation"]
+    assert "3.5" in report["data's own mean"] and "9.0" in report["final"] and "no D4RL reference" in report["final"]
+    assert report["evaluation"] == "2 episodes in Pendulum-v1(g=5), physics stock"
+    assert "5.6" in score_report(data, [*history, (10, 11.0)], evaluator)["mean of last 10"]  # (1 + ... + 9 + 11) / 10
+    data.complete = np.zeros(2, bool)
+    assert "not told" in score_report(data, history, evaluator)["data's own mean"]
 
 
 def test_bad_simulators_are_told_in_one_line():
-    with pytest.raises(UserError, match="--physics d4rl restores Hopper, Walker2d and HalfCheetah -v4, not Hopper-v5"):
-        make_env("Hopper-v5", "d4rl")
-    with pytest.raises(UserError, match="cannot make the simulator 'NoSuchRobot-v1'"):
-        make_env("NoSuchRobot-v1", "stock")
+    for bad, words in (
+        (
+            ("Hopper-v5", "d4rl"),
+            "--physics d4rl restores Hopper, Walker2d and HalfCheetah -v4, not Hopper-v5; use stock",
+        ),
+        (("NoSuchRobot-v1",), "cannot make the environment NoSuchRobot-v1"),
+        ((Plain(gym.make("Bowl-v0")).spec,), "cannot make the environment Bowl-v0 in Plain (ValueError: Plain wrapper"),
+        (("Bowl-v0", "stock"), None),
+    ):
+        if words is None:
+            make_env(*bad)
+            continue
+        with pytest.raises(UserError) as told:
+            make_env(*bad)
+        assert words in str(told.value) and "\n" not in str(told.value)

@@ -277,6 +277,16 @@ class Windows:
         return torch.minimum(self.start[index, None] + self.offsets, self.final[index, None])
 
 
+def tokens(windows: Windows) -> torch.Tensor:
+    """Rows [N + E, obs_dim + action_dim + 1] of which windows are made: state, action, reward.
+
+    [unspecified] An episode's last state has an action of 0, which only windows that go on after a fall show.
+    """
+    action = windows.action.new_zeros(len(windows.obs), windows.action.shape[1])
+    action[windows.start] = windows.action
+    return torch.cat([windows.obs, action, windows.reward[:, None]], dim=1)
+
+
 # Copied from dawm_td3bc.py
 class Normalizer(nn.Module):
     """Each dimension of values [N, dim] to the diffusion's units and back, clipped to the data's range.
@@ -346,16 +356,6 @@ def posterior_coefficients(alpha_bar: torch.Tensor, steps: list[int]) -> list[tu
         std = (noise_beta * (1 - previous) / (1 - current)).sqrt()
         coefficients.append((weight_x0.item(), weight_x_k.item(), std.item()))
     return coefficients
-
-
-def tokens(windows: Windows) -> torch.Tensor:
-    """Rows [N + E, obs_dim + action_dim + 1] of which windows are made: state, action, reward.
-
-    [unspecified] An episode's last state has an action of 0, which only windows that go on after a fall show.
-    """
-    action = windows.action.new_zeros(len(windows.obs), windows.action.shape[1])
-    action[windows.start] = windows.action
-    return torch.cat([windows.obs, action, windows.reward[:, None]], dim=1)
 
 
 # Copied from dawm_td3bc.py
@@ -525,7 +525,7 @@ def train_world_model(args: Args, windows: Windows, run: Run) -> WorldModel:
     """Fit the denoiser by Eq. 2, or by its x0 form."""
     run.seed("world_model", args.world_model_seed)
     world_model = WorldModel(args, windows).to(run.device)
-    denoiser = copy.deepcopy(world_model.denoiser)
+    denoiser = fast.on_cpu(copy.deepcopy(world_model.denoiser), args.compile)
     parameters, averaged = list(denoiser.parameters()), list(world_model.denoiser.parameters())
     optimizer = torch.optim.Adam(parameters, lr=args.world_model_lr, fused=True)
     train, held_out = world_model_split(args, windows)

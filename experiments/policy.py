@@ -1,0 +1,151 @@
+"""How good is the policy of a finished run, and what does it look like?
+
+    python experiments/policy.py RUN                       # 5 start seeds of 10 episodes each
+    python experiments/policy.py RUN --gif policy.gif      # and one episode to watch
+    python experiments/policy.py RUN --physics stock       # the same policy in the simulator as it is installed
+
+RUN is the folder of a run of any script here. Its actor acts, or Decision Diffuser's planner, which takes minutes. The
+episodes of a start seed begin at seed, seed + 1, ...; the first start seed is that of the run's own evaluations.
+
+The picture is gymnasium's where OpenGL works, else a stick figure of the three robots. It shows at most 10 seconds.
+"""
+
+import copy
+import importlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from PIL import Image, ImageDraw
+from runs import read_args
+from tqdm import tqdm
+
+from common import UserError
+from common.cli import Count, Seed, parse_args, tell
+from common.evaluation import Evaluator, described, robot_of
+from common.files import one_line
+
+FRAMES, MILLISECONDS, SIZE = 250, 40, 256  # of the GIF: at most; of each; pixels of a side
+
+
+@dataclass
+class Args:
+    run: Annotated[Path, tyro.conf.Positional] = tyro.MISSING  # folder of a finished run
+    episodes: Count = 10  # per start seed
+    starts: Count = 5  # start seeds
+    seed: Seed | None = None  # the first start seed; default: that of the run's own evaluations
+    physics: Literal["auto", "d4rl", "stock"] = "auto"  # auto: the run's
+    gif: Path | None = None  # file to show the first episode in
+
+
+def main(args: Args) -> None:
+    if args.gif and (args.gif.suffix != ".gif" or not args.gif.absolute().parent.is_dir()):
+        raise UserError(f"--gif {args.gif} must end in .gif and lie in a folder that exists")
+    parts = load(args.run)
+    physics = parts.evaluator.physics if args.physics == "auto" else args.physics
+    seed = parts.args.seed + 100 if args.seed is None else args.seed
+    evaluator = Evaluator(parts.dataset, physics, args.episodes)
+    seeds = range(seed, seed + args.starts * args.episodes, args.episodes)
+    returns = [evaluator(policy_of(parts, evaluator), start) for start in tqdm(seeds, "evaluate", unit=" start seeds")]
+    print(f"{parts.args.exp_name} on {parts.args.env_id}, seed {parts.args.seed}")
+    print(f"{args.starts} start seeds x {args.episodes} episodes in {described(parts.dataset.spec)}, physics {physics}")
+    print(f"\n{'return':<22}{'mean':>10}{'std':>10}{'lowest':>10}{'highest':>10}{'D4RL score of the mean':>26}")
+    print(row("episodes", np.concatenate(returns), evaluator))
+    print(row("means of start seeds", np.mean(returns, axis=1), evaluator))
+    if parts.dataset.mean_return is None:
+        print("the data's episodes    not told: too many ends of episodes are unmarked")
+    else:
+        print(row("the data's episodes", parts.dataset.returns, evaluator))
+    if args.gif:
+        show(parts, physics, seed, args.gif)
+
+
+def load(folder: Path) -> SimpleNamespace:
+    """The parts of a finished run, by the `load_run` of its own script."""
+    module = read_args(folder).get("module", "")
+    try:
+        script = importlib.import_module(module)
+    except (ImportError, ValueError):
+        raise UserError(f"{folder} was made by {module or 'an old version'}, which is not here; put that script back")
+    return script.load_run(folder)
+
+
+def policy_of(parts: SimpleNamespace, evaluator: Evaluator):
+    """obs [n, obs_dim] -> actions [n, action_dim] in [-1, 1]: the actor, or a planner that has no plan yet."""
+    device = parts.run.device
+    if hasattr(parts, "planner"):
+        planner = type(parts.planner)(parts.args, parts.model, len(evaluator.envs), device)
+        return lambda obs: planner(obs, evaluator.running)
+    return torch.no_grad()(lambda obs: parts.actor(torch.as_tensor(obs, device=device)).cpu().numpy())
+
+
+def row(name: str, returns: np.ndarray, evaluator: Evaluator) -> str:
+    """The standard deviation is that of a sample (n - 1)."""
+    std, score = returns.std(ddof=1) if len(returns) > 1 else np.nan, evaluator.score(returns.mean())
+    numbers = "".join(f"{number:10.1f}" for number in (returns.mean(), std, returns.min(), returns.max()))
+    return f"{name:<22}{numbers}{'none' if score is None else f'{score:.1f}':>26}"
+
+
+# ---- The picture
+
+
+def show(parts: SimpleNamespace, physics: str, seed: int, path: Path) -> None:
+    """One episode as a GIF, in real time; the last frame is its end where that lies within the GIF's length."""
+    from render import choose_renderer, write_gif
+
+    spec = copy.deepcopy(parts.dataset.spec)
+    sticks = isinstance(Evaluator(parts.dataset, physics, 1).envs[0].unwrapped, gym.envs.mujoco.MujocoEnv)
+    sticks = sticks and choose_renderer("auto") == "sticks"
+    if sticks and not robot_of(spec):
+        raise UserError(f"--gif: no picture of {described(spec)}: the stick figure knows Hopper, Walker2d, HalfCheetah")
+    if not sticks:
+        spec.kwargs["render_mode"] = "rgb_array"
+    evaluator = Evaluator(replace(parts.dataset, spec=spec), physics, 1)
+    policy, frames, steps = policy_of(parts, evaluator), [], 0
+    rate = evaluator.envs[0].metadata.get("render_fps", 1000 / MILLISECONDS)
+    every = max(1, round(MILLISECONDS * rate / 1000))
+
+    def picture() -> None:
+        image = draw_sticks(evaluator.envs[0].unwrapped) if sticks else rendered(evaluator.envs[0])
+        text = f"{parts.args.exp_name} on {parts.args.env_id}: {steps / rate:.1f} s"
+        ImageDraw.Draw(image).text((6, 4), text, fill="black", stroke_width=2, stroke_fill="white")
+        frames.append(image)
+
+    def watched(obs: np.ndarray) -> np.ndarray:
+        nonlocal steps
+        if steps % every == 0 and len(frames) < FRAMES:
+            picture()
+        steps += 1
+        return policy(obs)
+
+    returned = evaluator(watched, seed)[0]
+    if len(frames) < FRAMES:
+        picture()
+    size = write_gif(path, frames, [max(MILLISECONDS, round(1000 * every / rate))] * len(frames))
+    print(f"\n{path}: {len(frames)} frames, {size / 2**20:.1f} MiB, an episode of {steps} steps with return {returned:.1f}")
+
+
+def rendered(env: gym.Env) -> Image.Image:
+    try:
+        image = Image.fromarray(env.render())
+    except Exception as error:  # of gymnasium's, pygame's, OpenGL's or of the environment's own code
+        raise UserError(f"--gif: {described(env.spec)} gives no picture ({type(error).__name__}: {one_line(error)})")
+    return image.resize((SIZE, round(SIZE * image.height / image.width)))
+
+
+def draw_sticks(robot: gym.Env) -> Image.Image:
+    import mujoco
+    from render import View, capsules
+    from render import draw_sticks as draw
+
+    shown = capsules(robot.model, mujoco.MjData(robot.model), robot.data.qpos)
+    return draw(View(2 * SIZE, 3.0, robot.data.qpos[0]), shown).reduce(2)
+
+
+if __name__ == "__main__":
+    tell(lambda: main(parse_args(Args, {})))

@@ -1,0 +1,51 @@
+"""Finished runs, for the commands of this folder: the parts of one by its own script, and the logs of many."""
+
+import importlib
+import json
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from common import UserError
+
+
+def load_run(folder: Path) -> SimpleNamespace:
+    """What `load_run` of the run's own script gives, and that `script`. UserError if the run made no rollouts."""
+    name = Path(read_args(folder)["command"][0]).stem
+    found = [place for place in ("", "variants", "baselines") if (ROOT / place / f"{name}.py").exists()]
+    if not found:
+        raise UserError(f"{folder} was made by {name}.py, which is not here; put that script back")
+    script = importlib.import_module(".".join(filter(None, [found[0], name])))
+    parts = script.load_run(folder)
+    if getattr(parts, "rollouts", None) is None or getattr(parts, "world_model", None) is None:
+        raise UserError(f"{folder} holds no rollouts of a world model; give a run of dawm_td3bc.py, say, without "
+                        "--synthetic-fraction 0 or --synthesis online")  # fmt: skip
+    parts.script = script
+    return parts
+
+
+def read_args(folder: Path) -> dict:
+    try:
+        return json.loads((folder / "args.json").read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{folder} is not the folder of a run: it holds no readable args.json")
+
+
+def finished_runs(root: Path) -> list[SimpleNamespace]:
+    """All finished runs in a folder: content of args.json, every metric's values in order, seconds of the whole run."""
+    runs = []
+    for summary in sorted(root.glob("*/summary.txt")):
+        metrics = defaultdict(list)
+        for line in (summary.parent / "metrics.jsonl").read_text().splitlines():
+            for name, value in json.loads(line).items():
+                metrics[name].append(value)
+        seconds = float(re.search(r"^total +([\d.]+) s", summary.read_text(), flags=re.M)[1])
+        runs.append(SimpleNamespace(content=read_args(summary.parent), metrics=metrics, seconds=seconds))
+    if not runs:
+        raise UserError(f"no finished run in {root}; give the --run-dir of the runs")
+    return runs

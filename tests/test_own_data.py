@@ -1,0 +1,73 @@
+"""A task that is no robot of D4RL: negative returns, actions in [-2, 2] or behind a wrapper; every script on it."""
+
+import importlib
+import json
+import os
+
+import gymnasium as gym
+import minari
+import numpy as np
+import pytest
+import torch
+from minari.data_collector import EpisodeBuffer
+from toy import TOY_AGENT, TOY_IDM, TOY_WORLD_MODEL, child, folders_below, run
+
+from common.export import minari_writes_to
+
+SCRIPTS = {
+    "dawm_td3bc": TOY_IDM,
+    "dawm_iql": TOY_IDM,
+    "dwm_baseline": [],
+    "variants.joint_td3bc": [],
+    "baselines.ssorl": [*TOY_IDM, "--label-fraction", "0.5"],
+}
+
+
+def record(env: gym.Env, name: str) -> None:
+    """20 episodes of random actions, in the set MINARI_DATASETS_PATH/name."""
+    buffers, rng = [], np.random.default_rng(0)
+    for episode in range(20):
+        obs, action, reward = [env.reset(seed=episode)[0]], [], []
+        for _ in range(50):
+            action.append(rng.uniform(env.action_space.low, env.action_space.high).astype(np.float32))
+            found = env.step(action[-1])
+            obs.append(found[0])
+            reward.append(float(found[1]))
+        columns = {"observations": obs, "actions": action, "rewards": reward, "terminations": [False] * 50}
+        columns = {key: np.array(column) for key, column in columns.items()}
+        buffers.append(EpisodeBuffer(**columns, truncations=np.arange(50) == 49))
+    with minari_writes_to(os.environ["MINARI_DATASETS_PATH"]):
+        minari.create_dataset_from_buffers(name, buffers, env=env, data_format="hdf5")
+
+
+def returns_in_its_own_environment(module: str, folder, name: str) -> None:
+    """Prints what the run's actor gets in the environment that Minari recovers, two episodes side by side."""
+    script = importlib.import_module(module)
+    actor, envs = script.load_run(folder).actor, [minari.load_dataset(name).recover_environment() for _ in range(2)]
+    low, high = envs[0].action_space.low, envs[0].action_space.high
+    obs, returns = [env.reset(seed=100 + i)[0] for i, env in enumerate(envs)], np.zeros(2)
+    for _ in range(envs[0].spec.max_episode_steps):
+        with torch.no_grad():
+            actions = actor(torch.as_tensor(np.array(obs, np.float32))).numpy()
+        actions = np.clip((low + high) / 2 + (high - low) / 2 * actions, low, high)
+        obs, rewards, *_ = zip(*(env.step(action) for env, action in zip(envs, actions, strict=True)), strict=True)
+        returns += rewards
+    print(f"mean {float(returns.mean())!r}")
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["Pendulum", "RescaleAction"])
+def test_every_script_is_scored_in_the_sets_own_environment(folders, wrapped):
+    env, name = gym.make("Pendulum-v1"), "own/pendulum-v0"
+    record(gym.wrappers.RescaleAction(env, -1.0, 1.0) if wrapped else env, name)
+    for module, options in SCRIPTS.items() if not wrapped else [("dawm_td3bc", TOY_IDM)]:
+        small = [*TOY_AGENT, *(TOY_WORLD_MODEL if module != "baselines.ssorl" else []), *options]
+        result = run(module, ["--env-id", name, *folders_below(folders), *small], folders)
+        assert result.code == 0 and "no D4RL reference" in result.text, (module, result.text[-2000:])
+        (folder,) = folders.glob(f"runs/*__{module.split('.')[-1]}__*")
+        values = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        final = [line["eval/episodic_return"] for line in values if "eval/episodic_return" in line][-1]
+        log = folders / f"{module}.log"
+        process = child(returns_in_its_own_environment, module, folder, name, log=log)
+        process.join()
+        assert log.read_text().splitlines()[-1] == f"mean {final!r}", module
+        assert f"return {final:8.1f}" in result.text
