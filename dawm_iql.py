@@ -117,9 +117,7 @@ class Args(RunArgs):
     expectile: Annotated[float, (0.001, 0.999)] = 0.7  # of the value loss [IQL Eq. 5]; 0.5 as printed [deviation]
     awr_beta: Amount = 3.0  # inverse temperature of the policy's weights; [unspecified], IQL's code
     max_weight: Annotated[float, (1e-8, 1e8)] = 100.0  # cap of the policy's weights; [unspecified], IQL's code
-    policy: Literal["gaussian", "deterministic"] = (
-        "gaussian"  # free deviation, or tanh; [unspecified], IQL's code has both
-    )
+    policy: Literal["gaussian", "deterministic"] = "gaussian"  # or tanh; [unspecified], IQL's code has both
     reward_scaling: bool = True  # times 1000 / (best - worst real return); [unspecified], IQL's code
     normalize_obs: bool = False  # standardise observations for the agent [DWM App.]; not in IQL's code [unspecified]
 

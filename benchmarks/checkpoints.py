@@ -1,93 +1,70 @@
-"""What checkpoints cost: the loop around them, interleaved with a plain one, and one checkpoint of each stage.
+"""What a stage costs: python benchmarks/checkpoints.py [--scale paper]
 
-    python benchmarks/checkpoints.py                # laptop scale
-    python benchmarks/checkpoints.py --scale paper  # the paper's networks
-
-Rounds of TD3+BC updates on random transitions, in turn in a plain loop and in a stage with the default interval, in
-which no checkpoint falls due; an empty stage; then the time to write one checkpoint of three stages, synced to the
-disk. The share of a run is the empty stage's time per update plus seconds per checkpoint over the interval.
+An empty stage, with progress bar and without a checkpoint that falls due, per update; then the time to write one
+checkpoint of each stage of dawm_td3bc.py, synced to the disk, and its share of a run at the default interval.
 """
 
-import argparse
 import statistics
 import sys
 import tempfile
 import time
-from dataclasses import asdict, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
 import dawm_td3bc as script
+from common.cli import parse_args, tell
+from common.data import load_dataset
+from common.evaluation import Evaluator
 from common.run import Run
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", choices=("laptop", "paper"), default="laptop")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--updates", type=int, default=200, help="per round and loop")
-    options = parser.parse_args()
+@dataclass
+class Args:
+    scale: Literal["laptop", "paper"] = "laptop"  # of the networks
+
+
+def nothing():
+    """Stands for the function of a stage, which gives it name and key."""
+
+
+def main(options: Args) -> None:
     with tempfile.TemporaryDirectory(dir=".") as folder:
-        args = script.Args(**{**asdict(script.Args()), **(script.LAPTOP if options.scale == "laptop" else {})})
-        args = replace(args, env_id="benchmark", run_dir=Path(folder), stage_dir=Path(folder) / "stages", threads=1)
-        run = Run(args)
-        run.open()
-        torch.manual_seed(0)
-        rows = torch.randn(10_000, 2 * 11 + 3 + 2, device=run.device)
-        agent = script.TD3BC(args, rows[:, :11], 3)
-        progress = {"losses": {}, "returns": [], "at": {"count": 0, "h": 0}}
-        run.checkpoint_folders = {"agent": Path(folder) / "agent"}
-        source = script.batches(args, rows, rows, None, progress["at"])
-        times = {"plain loop": [], "stage": []}
-        for round_ in range(options.rounds):
-            for name in list(times)[:: 1 if round_ % 2 else -1]:  # either may be the first
-                with run.stage("agent", options.updates, "update", (agent, progress)) as stage:
-                    start = time.perf_counter()
-                    for _ in stage if name == "stage" else range(options.updates):
-                        progress["losses"] |= agent.update(*next(source))
-                    times[name].append(time.perf_counter() - start)
-        ratios = [b / a for a, b in zip(*times.values(), strict=True)]
-        low, median, high = statistics.quantiles(ratios)
-        print(
-            f"{options.rounds} interleaved rounds of {options.updates} updates, one thread: stage / plain loop "
-            f"median {median:.4f}, quartiles {low:.4f} and {high:.4f}"
-        )
+        scale = script.LAPTOP if options.scale == "laptop" else {}
+        args = script.Args(**scale | dict(env_id="local/hopper/medium-v0", threads=1))
+        args.run_dir, args.stage_dir = Path(folder), Path(folder) / "stages"
+        run, dataset = Run(args), load_dataset(args.env_id)
+        run.open(dataset, Evaluator(dataset, "auto", 1))
+        windows = script.Windows(args, dataset, run.device)
+        td3bc = script.TD3BC(args, windows.obs, 3)
         start = time.perf_counter()
-        with run.stage("agent", 100_000, "update", (agent, progress)) as stage:
+        with run.stage(nothing, 100_000, "update", keeps=td3bc, private=True) as stage:
             for _ in stage:
                 pass
-        print(
-            f"an empty stage: {10 * (time.perf_counter() - start):.1f} microseconds per update, progress bar included"
-        )
-        obs, action = torch.randn(2_000, 11, device=run.device), torch.zeros(2_000, 3, device=run.device)
-        windows = type("Windows", (), dict(obs=obs, action=action, reward=obs[:, 0]))
-        world_model = script.WorldModel(args, windows).to(run.device)
-        inverse_dynamics = script.InverseDynamics(args, obs, 3).to(run.device)
-        stages = {
-            "agent": (agent, progress),
-            "inverse dynamics": (inverse_dynamics, adam(inverse_dynamics), {"weights": inverse_dynamics.state_dict()}),
-            "world model": (world_model, script.copy.deepcopy(world_model.denoiser), adam(world_model)),
-        }
-        for name, saves in stages.items():
-            run.checkpoint_folders[name] = Path(folder) / name
-            seconds = []
-            with run.stage(name, 1, "update", saves) as stage:
-                for stage.done in range(6):
+            stage.found = True  # and nothing is kept
+        print(f"an empty stage: {10 * (time.perf_counter() - start):.1f} microseconds per update")
+        world_model, inverse_dynamics = script.WorldModel(args, windows), script.InverseDynamics(args, windows.obs, 3)
+        states = {"agent": [td3bc], "inverse dynamics": [inverse_dynamics] * 2, "world model": [world_model] * 2}
+        for name, modules in states.items():  # what changes, and its averaged or best copy
+            saves = (*modules[1:], stepped_adam(modules[0]))
+            with run.stage(nothing, 1, "update", keeps=modules[0], saves=saves, private=True) as stage:
+                stage.checkpoints, seconds = Path(folder) / name, []
+                for stage.done in range(1, 7):
                     start = time.perf_counter()
                     stage.checkpoint()
                     seconds.append(time.perf_counter() - start)
-                size = next(stage.folder.glob("*.pt")).stat().st_size / 2**20
+                stage.found = True
+                size = next(stage.checkpoints.glob("*.pt")).stat().st_size / 2**20
             median = statistics.median(seconds)
             share, every = 100 * median / (60 * args.checkpoint_every), f"{args.checkpoint_every:g}"
-            print(
-                f"{name}: {median:.3f} s per checkpoint of {size:,.1f} MiB, {share:.3f} % at one every {every} minutes"
-            )
+            print(f"{name}: {median:.3f} s for {size:,.1f} MiB, {share:.3f} % at one every {every} minutes")
 
 
-def adam(module: torch.nn.Module) -> torch.optim.Optimizer:
+def stepped_adam(module: torch.nn.Module) -> torch.optim.Optimizer:
     """Adam after one update, so that it holds its moments."""
     optimizer = torch.optim.Adam(module.parameters(), lr=1e-9)
     for parameter in module.parameters():
@@ -97,4 +74,4 @@ def adam(module: torch.nn.Module) -> torch.optim.Optimizer:
 
 
 if __name__ == "__main__":
-    main()
+    tell(lambda: main(parse_args(Args, {})))

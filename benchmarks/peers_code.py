@@ -255,8 +255,7 @@ def d3rlpy_agent(loop: str) -> None:
     dataset = d3rlpy.dataset.MDPDataset(
         data["observations"], data["actions"], data["rewards"], data["terminals"], timeouts=ends.astype(np.float32)
     )
-    columns = {"obs": data["observations"], "returns": np.array([0.0, 1000.0])}
-    agent = build("td3bc" if loop == "C" else "iql", columns, 10**6)
+    agent = build("td3bc" if loop == "C" else "iql", data["observations"], np.array([0.0, 1000.0]), 10**6)
     agent.build_with_dataset(dataset)
     for _ in metered(range(FOREVER)):
         agent.update(dataset.sample_transition_batch(256))

@@ -1,13 +1,12 @@
 """The hot loops as implementations of this family mostly write them: a yardstick for speed.py, and a check.
 
-The mathematics is that of the scripts. The form is the usual one: nn.Conv1d over (batch, channels, time), one network
-call for each critic and each guidance branch, an optimizer for each network that loops over its tensors, one tensor
-at a time in target updates, NumPy index draws, five arrays per batch, one environment at a time, a loss read at every
-update. `unet_like` and the agents take over the parameters of a script's networks, so that a test can compare the two.
+The mathematics is that of the scripts, whose networks it takes (the U-Net without fast.on_cpu). The form is the usual
+one: one network call for each critic and each guidance branch, an optimizer for each network that loops over its
+tensors, one tensor at a time in target updates, NumPy index draws, five arrays per batch, one environment at a time, a
+loss read at every update.
 """
 
 import copy
-import math
 
 import gymnasium as gym
 import numpy as np
@@ -26,90 +25,12 @@ def polyak(target: nn.Module, source: nn.Module, tau: float) -> None:
         a.data.copy_(tau * b.data + (1 - tau) * a.data)
 
 
-class Block(nn.Module):
-    """A residual block, x [B, channels, L]."""
-
-    def __init__(self, in_channels: int, out_channels: int, embed_dim: int):
-        super().__init__()
-        self.conv1 = nn.Conv1d(in_channels, out_channels, 5, padding=2)
-        self.norm1 = nn.GroupNorm(8, out_channels)
-        self.condition = nn.Sequential(nn.Mish(), nn.Linear(embed_dim, out_channels))
-        self.conv2 = nn.Conv1d(out_channels, out_channels, 5, padding=2)
-        self.norm2 = nn.GroupNorm(8, out_channels)
-        self.skip = nn.Conv1d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
-
-    def forward(self, x, embedding):
-        h = F.mish(self.norm1(self.conv1(x))) + self.condition(embedding)[:, :, None]
-        return F.mish(self.norm2(self.conv2(h))) + self.skip(x)
-
-
-class UNet(nn.Module):
-    """The scripts' TemporalUNet, x [B, L, channels]; odd lengths are cropped after each lengthening, as there."""
-
-    def __init__(self, channels: int, action_dim: int, width: int, multipliers: tuple[int, ...]):
-        super().__init__()
-
-        def mlp3(in_dim):
-            return nn.Sequential(
-                nn.Linear(in_dim, width), nn.Mish(), nn.Linear(width, 4 * width), nn.Mish(), nn.Linear(4 * width, width)
-            )
-
-        self.width = width
-        self.embed_k = nn.Sequential(nn.Linear(width, 4 * width), nn.Mish(), nn.Linear(4 * width, width))
-        self.embed_action, self.embed_return = mlp3(action_dim), mlp3(1)
-        sizes = [channels, *(width * m for m in multipliers)]
-        self.down = nn.ModuleList()
-        for i, (a, b) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
-            shorten = nn.Conv1d(b, b, 3, stride=2, padding=1) if i < len(sizes) - 2 else nn.Identity()
-            self.down.append(nn.ModuleList([Block(a, b, 3 * width), Block(b, b, 3 * width), shorten]))
-        self.middle = nn.ModuleList([Block(sizes[-1], sizes[-1], 3 * width) for _ in range(2)])
-        self.up = nn.ModuleList()
-        for a, b in reversed(list(zip(sizes[1:-1], sizes[2:], strict=True))):
-            lengthen = nn.ConvTranspose1d(a, a, 4, stride=2, padding=1)
-            self.up.append(nn.ModuleList([Block(2 * b, a, 3 * width), Block(a, a, 3 * width), lengthen]))
-        self.head_conv = nn.Conv1d(sizes[1], width, 5, padding=2)
-        self.head_norm = nn.GroupNorm(8, width)
-        self.head = nn.Conv1d(width, channels, 1)
-
-    def forward(self, x, k, action, return_to_go, keep):
-        half = self.width // 2
-        frequencies = torch.exp(torch.arange(half, device=x.device) * -math.log(10_000) / (half - 1)).to(x.dtype)
-        angle = k[:, None] * frequencies
-        embedding = torch.cat(
-            [
-                self.embed_k(torch.cat([angle.sin(), angle.cos()], 1)),
-                self.embed_return(return_to_go) * keep,
-                self.embed_action(action),
-            ],
-            dim=1,
-        )
-        x, skips = x.transpose(1, 2), []
-        for block1, block2, shorten in self.down:
-            x = block2(block1(x, embedding), embedding)
-            skips.append(x)
-            x = shorten(x)
-        for block in self.middle:
-            x = block(x, embedding)
-        for block1, block2, lengthen in self.up:
-            x = torch.cat([x, skips.pop()], dim=1)
-            x = lengthen(block2(block1(x, embedding), embedding))[:, :, : skips[-1].shape[2]]
-        return self.head(F.mish(self.head_norm(self.head_conv(x)))).transpose(1, 2)
-
-
-def unet_like(denoiser: nn.Module, channels: int, action_dim: int, width: int, multipliers: tuple[int, ...]) -> UNet:
-    """A UNet with the parameters of a script's TemporalUNet, which come in the same order."""
-    plain = UNet(channels, action_dim, width, multipliers).to(next(denoiser.parameters()).dtype)
-    for mine, other in zip(plain.parameters(), denoiser.parameters(), strict=True):
-        if other.dim() == 3 and len(other) == 5:  # [taps, in, out]
-            other = other.permute(2, 1, 0)
-        mine.data.copy_(other.reshape(mine.shape))
-    return plain
-
-
 class WorldModelTrainer:
     """DDPM training on windows [N, L, channels] held as NumPy arrays; noise prediction, averaged weights."""
 
-    def __init__(self, denoiser: UNet, windows: np.ndarray, action: np.ndarray, return_to_go: np.ndarray, alpha_bar):
+    def __init__(
+        self, denoiser: nn.Module, windows: np.ndarray, action: np.ndarray, return_to_go: np.ndarray, alpha_bar
+    ):
         self.denoiser, self.average = denoiser, copy.deepcopy(denoiser)
         self.device = next(denoiser.parameters()).device
         self.data, self.alpha_bar, self.steps = (windows, action, return_to_go), alpha_bar.float().to(self.device), 0
@@ -135,7 +56,9 @@ class WorldModelTrainer:
 
 
 @torch.no_grad()
-def sample(denoiser: UNet, first: torch.Tensor, action, return_to_go, length: int, channels: int, chain, scale: float):
+def sample(
+    denoiser: nn.Module, first: torch.Tensor, action, return_to_go, length: int, channels: int, chain, scale: float
+):
     """Windows [B, length, channels] from first states, each guidance branch a call; chain: k and its weights."""
     x = torch.randn(len(first), length, channels, device=first.device)
     for k, (alpha_bar, weight_x0, weight_x_k, std) in chain:
@@ -253,16 +176,14 @@ class IQL:
         return {"vf_loss": vf_loss.item(), "qf_loss": qf_loss.item(), "actor_loss": actor_loss.item()}
 
 
-@torch.no_grad()
-def evaluate(env: gym.Env, actor: nn.Module, episodes: int, seed: int) -> tuple[list[float], int]:
+def evaluate(env: gym.Env, policy, episodes: int, seed: int) -> tuple[list[float], int]:
     """Returns of whole episodes, one after another, and the steps they took."""
-    returns, steps, device = [], 0, next(actor.parameters()).device
+    returns, steps = [], 0
     for episode in range(episodes):
         obs, _ = env.reset(seed=seed + episode)
         total, done = 0.0, False
         while not done:
-            action = actor(torch.tensor(obs.reshape(1, -1), dtype=torch.float32, device=device)).cpu().numpy()[0]
-            obs, reward, terminated, truncated, _ = env.step(action)
+            obs, reward, terminated, truncated, _ = env.step(policy(obs.reshape(1, -1).astype(np.float32))[0])
             total, steps, done = total + reward, steps + 1, terminated or truncated
         returns.append(total)
     return returns, steps

@@ -197,7 +197,7 @@ def _load_d4rl(env_id: str, data_path: Path | None) -> OfflineDataset:
     path = data_path or Path(os.path.expanduser(_folder("D4RL_DATASET_DIR", ".d4rl/datasets"))) / name
     if not os.path.isfile(path):
         if data_path is not None:
-            raise UserError(f"--data-path {path} is no file; give one in D4RL's HDF5 layout")
+            raise UserError(f"--data-path {path} is no file that this user can see; give one in D4RL's HDF5 layout")
         _download(env_id, path)
     with _reading(path, "write or copy it again" if data_path else "delete it to download again"):
         with _open(path) as file:
@@ -253,7 +253,7 @@ def _download(env_id: str, path: Path) -> None:
                 )
             part.replace(path)
     except OSError as error:
-        raise UserError(f"cannot write {path} ({one_line(error)}); set D4RL_DATASET_DIR to a folder with space")
+        raise UserError(f"cannot write {path} ({one_line(error)}); set D4RL_DATASET_DIR to a folder that takes it")
 
 
 def _fetch(path: Path, part: Path) -> None:
@@ -262,7 +262,7 @@ def _fetch(path: Path, part: Path) -> None:
     answers = _ask([f"{location}/{path.name}" for location in D4RL_LOCATIONS])
     for url, size in answers.items():
         if isinstance(size, int) and not 0 < size <= MAX_FILE_BYTES:
-            answers[url] = f"announces {size} bytes, and no known file has more than {MAX_FILE_BYTES}"
+            answers[url] = f"announces {size} bytes; known files have 1 to {MAX_FILE_BYTES}"
         elif isinstance(size, int):
             if part.exists() and part.stat().st_size > size:
                 part.unlink()  # of something else
@@ -314,13 +314,13 @@ def _make_local(env_id: str) -> None:
 
 
 def _download_minari(env_id: str) -> None:
-    import minari
-
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     (answer,) = _ask([hub]).values()
     try:
         if not isinstance(answer, int) and not answer.startswith("HTTP Error"):
             raise ConnectionError(f"{hub}: {answer}")
+        import minari  # slow, and being offline is to be told at once
+
         minari.download_dataset(env_id)
     except Exception as error:  # the client has types of its own, and not only OSError
         why = f"{env_id} is not in {minari_root() / env_id} and cannot be downloaded ({one_line(error)})"
@@ -453,7 +453,9 @@ def _checked(facts: dict, columns: dict, parted=None, stored_box=None, requireme
                 f"{type(space).__name__} {space.shape}: record in the environment that the set names, wrappers included"
             )
     box = env.action_space
-    if stored_box and not (np.allclose(stored_box.low, box.low) and np.allclose(stored_box.high, box.high)):
+    if stored_box is not None and (
+        stored_box.shape != box.shape or not np.allclose([stored_box.low, stored_box.high], [box.low, box.high])
+    ):
         raise UserError(
             f"{path} has actions in {_told(stored_box.low, stored_box.high)}, but its environment {described(spec)} "
             f"takes {_told(box.low, box.high)}: record through gymnasium.wrappers.RescaleAction, or mend the metadata"

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import os
+import reprlib
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ REFERENCE_RETURNS = {
     "walker2d": (1.629008, 4592.3),
     "halfcheetah": (-280.178953, 12135.0),
 }
+SIMULATORS = [f"{name}-v{version}" for name in ("Hopper", "Walker2d", "HalfCheetah") for version in (4, 5)]
 # Wrappers that watch and change nothing; all others are part of a data set's task.
 RECORDERS = (
     "RecordEpisodeStatistics", "RecordVideo", "HumanRendering", "RenderCollection", "DataCollector",
@@ -103,14 +105,14 @@ def _restore_capsules(env) -> None:
 
 def described(spec: EnvSpec) -> str:
     """Id, arguments and wrappers in one line."""
-    arguments = ", ".join(f"{name}={value}" for name, value in spec.kwargs.items())
+    arguments = ", ".join(f"{name}={reprlib.repr(value)}" for name, value in spec.kwargs.items())
     return " in ".join([spec.id + (f"({arguments})" if arguments else ""), *(x.name for x in spec.additional_wrappers)])
 
 
 def robot_of(spec: EnvSpec) -> str:
     """A robot of D4RL's for gymnasium's own -v4 and -v5, whatever its arguments and wrappers; else ""."""
-    known = spec.name.lower() in REFERENCE_RETURNS and spec.version in (4, 5)
-    return spec.name.lower() if known and spec.entry_point == gym.registry[spec.id].entry_point else ""
+    known = spec.id in SIMULATORS and spec.entry_point == gym.registry[spec.id].entry_point
+    return spec.name.lower() if known else ""
 
 
 def is_unchanged(spec: EnvSpec) -> bool:
@@ -133,13 +135,13 @@ def fall_rule(env: gym.Env) -> tuple[np.ndarray, np.ndarray] | None:
     From the arguments of gymnasium's own robots; all infinite where they never end an episode. None where no rule is
     known, or where a wrapper shows something else than the robot's own observation.
     """
-    robot = env.unwrapped
-    name, given = type(robot).__name__, _defaults(type(robot)) | robot.spec.kwargs
-    low = np.full(env.observation_space.shape, -np.inf, np.float32)
+    robot, name = env.unwrapped, type(env.unwrapped).__name__
     if not type(robot).__module__.startswith(("gymnasium.envs.mujoco.", "gymnasium.envs.classic_control.")):
         return None
+    given, low = _defaults(type(robot)) | robot.spec.kwargs, np.full(env.observation_space.shape, -np.inf, np.float32)
     if name in ENDLESS or not given.get("terminate_when_unhealthy", True):
-        return low, -low
+        theirs = [x for x in env.spec.additional_wrappers if not x.entry_point.startswith("gymnasium.wrappers.")]
+        return None if theirs else (low, -low)  # a wrapper may end episodes of its own
     with _quiet():
         shown, own = env.reset(seed=0)[0], robot.reset(seed=0)[0]
     if name not in HEIGHT or np.shape(shown) != np.shape(own) or not np.allclose(shown, own, rtol=1e-5):

@@ -216,8 +216,10 @@ class Run:
             return
         total = self.before + time.monotonic() - self.started
         rows = [(name, f"{spent:7.1f} s  {spent / total:4.0%}  {rate}") for name, (spent, rate) in self.stages.items()]
-        rows += [("total", f"{total:7.1f} s"), ("peak memory", f"{_peak_memory_gib():.2f} GiB"), *results.items()]
+        rows += [("total", f"{total:7.1f} s"), ("peak memory", f"{_peak_memory_gib():.2f} GiB")]
+        rows += [*results.items(), *self._verdict().items()]
         rows += [("folder", str(self.folder)), ("plot", str(self.folder / "curves.png"))]
+        rows += [("to watch it", f"python experiments/policy.py {self.folder} --gif policy.gif")]
         width = max(len(name) for name, _ in rows)
         table = "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
         print(f"\n{'-' * 72}\n{table}\n{'-' * 72}")
@@ -230,31 +232,57 @@ class Run:
             self.lock.release()
         (self.folder / "run.lock").unlink(missing_ok=True)
 
+    def _verdict(self) -> dict[str, str]:
+        """Is the score good? The first thing to know is whether it is better than the data."""
+        mean, final = self.content["data"]["mean_return"], self.history.get("eval/episodic_return")
+        if mean is None or not final:
+            return {}
+        above = final[-1][1] - mean
+        text = f"{abs(above):.1f} {'above' if above > 0 else 'below'} the data's own mean return"
+        if "eval/episodic_return_std" in self.history:
+            text += f"; episodes vary by {self.history['eval/episodic_return_std'][-1][1]:.1f} (std)"
+        return {"final is": text}
+
     def _plot(self) -> None:
-        import matplotlib
+        """The return beside the data's mean, large; what was trained, small: a held-out loss with that of training."""
+        from matplotlib.figure import Figure  # slow to import
 
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        names = [n for n in self.history if not n.startswith("time/") and len(self.history[n]) > 1]
-        if not names:
+        names = [n for n in self.history if len(self.history[n]) > 1 and not n.startswith(("time/", "eval/"))]
+        names = [n for n in names if "/val_" not in n or n.replace("/val_", "/", 1) not in names]
+        half = -(-len(names) // 2)
+        large = ["return"] * 2 if "eval/episodic_return" in self.history else []
+        below = names[half:] + ["."] * (2 * half - len(names))
+        if not names + large:
             return
-        columns = min(4, len(names))
-        rows = -(-len(names) // columns)
-        figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 2.6 * rows), squeeze=False)
-        for axis, name in zip(axes.flat, names, strict=False):
-            marker = "." if name.startswith("eval") else ""
-            axis.plot(*zip(*self.history[name], strict=True), linewidth=1.2, marker=marker)
-            axis.set_title(name, fontsize=10)
+        figure = Figure(figsize=(2.6 * (half + len(large)), 5.2), layout="constrained")
+        panels = figure.subplot_mosaic([large + names[:half], large + below])
+        for name in names:
+            panels[name].set_title(name, fontsize=9)
+            panels[name].plot(*zip(*self.history[name], strict=True), label="training")
+            if (held_out := name.replace("/", "/val_", 1)) in self.history:
+                panels[name].plot(*zip(*self.history[held_out], strict=True), label="held out")
+                panels[name].legend(fontsize=8)
+        if large:
+            self._plot_return(panels["return"])
+        for axis in panels.values():
             axis.tick_params(labelsize=8)
             axis.ticklabel_format(axis="x", style="sci", scilimits=(-3, 4))
             axis.grid(alpha=0.3)
-        for axis in axes.flat[len(names) :]:
-            axis.axis("off")
-        figure.suptitle(self.folder.name, fontsize=10)
-        figure.tight_layout()
+        figure.suptitle(f"{self.args.exp_name} on {self.args.env_id}, seed {self.args.seed}")
+        figure.supxlabel("gradient updates of each stage", fontsize=9)
         write_whole(self.folder / "curves.png", lambda file: figure.savefig(file, dpi=100, format="png"))
-        plt.close(figure)
+
+    def _plot_return(self, axis) -> None:
+        steps, returns = zip(*self.history["eval/episodic_return"], strict=True)
+        spread = [value for _, value in self.history.get("eval/episodic_return_std", [])] or None
+        label = f"the policy: {returns[-1]:.1f} at the end"
+        if "eval/normalized_score" in self.history:
+            label += f", D4RL score {self.history['eval/normalized_score'][-1][1]:.1f}"
+        axis.errorbar(steps, returns, spread, marker=".", elinewidth=0.8, capsize=2, label=label)
+        if (mean := self.content["data"]["mean_return"]) is not None:
+            axis.axhline(mean, color="black", linestyle="--", label=f"mean of the data's episodes: {mean:.1f}")
+        axis.set_ylabel(f"return of an episode; bars: std over {self.args.eval_episodes} episodes", fontsize=9)
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), fontsize=9, frameon=False)
 
 
 def _select_device(args) -> torch.device:

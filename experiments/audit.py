@@ -32,12 +32,12 @@ import torch
 import tyro
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from runs import load_run
+from run_folders import load_run
 from torch import nn
 from tqdm import tqdm
 
 from common import UserError
-from common.cli import Count, check_ranges, tell
+from common.cli import Count, parse_args, tell
 from common.evaluation import Stepper
 from common.files import write_text
 
@@ -51,9 +51,10 @@ NAMES = {  # of the observations' dimensions
 }
 
 
+@tyro.conf.configure(tyro.conf.PositionalRequiredArgs)
 @dataclass
 class Args:
-    run: Annotated[Path, tyro.conf.Positional]  # folder of a finished run that made rollouts with a world model
+    run: Path = tyro.MISSING  # folder of a finished run that made rollouts with a world model
     rows: Annotated[int, (100, math.inf)] = 200_000  # transitions to check, drawn at random
     actions: Annotated[int, (2, math.inf)] = 4_096  # of them, whose explaining action is sought
     pairs: Annotated[int, (0, math.inf)] = 512  # held-out pairs for the world model's spread; 0 leaves it out
@@ -119,8 +120,8 @@ def check(stepper: Stepper, rows: Rows, obs_sd: np.ndarray, reward_sd: float, na
 
 
 def explaining_action(stepper: Stepper, rows: Rows, obs_sd: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Action [N, action_dim] in [-1, 1] that brings the simulator nearest to next_obs, the error [N] that it leaves, and
-    the error [N] that the row's own action adds: how far apart the two leave the simulator.
+    """Action [N, action_dim] in [-1, 1] that brings the simulator nearest to next_obs, the error [N] that it leaves,
+    and the error [N] that the row's own action adds: how far apart the two leave the simulator.
 
     Levenberg and Marquardt's damped least squares from the row's own action. A step that does not help is not taken;
     an action at its bound that would leave it is held there while the others are solved for.
@@ -281,9 +282,9 @@ def calibration(parts, options: Args, scale: torch.Tensor) -> dict:
     measured = windows.split(~held_out, 0.05, args.world_model_seed + 1)[1]  # what stops the ensemble
     if not updates or not len(measured):
         return result
-    obs, action, next_obs, reward = (torch.as_tensor(x) for x in (dataset.obs, dataset.action, dataset.next_obs, dataset.reward))  # fmt: skip
+    obs, action = torch.as_tensor(dataset.obs), torch.as_tensor(dataset.action)
     measured = torch.isin(train, measured)
-    outcome = torch.cat([next_obs - obs, reward[:, None]], dim=1)[train]
+    outcome = torch.as_tensor(np.column_stack([dataset.next_obs - dataset.obs, dataset.reward]))[train]
     both, state_in, action_out = torch.cat([obs, action], dim=1)[train], obs[train], action[train]
     parameters = sum(p.numel() for p in parts.world_model.denoiser.parameters())
     ends = both.shape[1] + 2 * outcome.shape[1]  # a width w has 5 (w^2 + (ends + 2) w) weights, about
@@ -420,7 +421,6 @@ def draw(result: dict, path: Path) -> None:
 
 
 def main(options: Args) -> None:
-    check_ranges(options)
     torch.set_num_threads(options.threads)
     parts = load_run(options.run)
     result = audit(parts, options)
@@ -431,4 +431,4 @@ def main(options: Args) -> None:
 
 
 if __name__ == "__main__":
-    tell(lambda: main(tyro.cli(Args, description=__doc__)))
+    tell(lambda: main(parse_args(Args, {})))

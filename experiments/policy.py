@@ -15,14 +15,16 @@ import importlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Literal
+from typing import Literal
 
 import gymnasium as gym
+import mujoco
 import numpy as np
 import torch
 import tyro
+from gymnasium.envs.mujoco import MujocoEnv
 from PIL import Image, ImageDraw
-from runs import read_args
+from run_folders import read_args
 from tqdm import tqdm
 
 from common import UserError
@@ -33,9 +35,10 @@ from common.files import one_line
 FRAMES, MILLISECONDS, SIZE = 250, 40, 256  # of the GIF: at most; of each; pixels of a side
 
 
+@tyro.conf.configure(tyro.conf.PositionalRequiredArgs)
 @dataclass
 class Args:
-    run: Annotated[Path, tyro.conf.Positional] = tyro.MISSING  # folder of a finished run
+    run: Path = tyro.MISSING  # folder of a finished run
     episodes: Count = 10  # per start seed
     starts: Count = 5  # start seeds
     seed: Seed | None = None  # the first start seed; default: that of the run's own evaluations
@@ -51,12 +54,14 @@ def main(args: Args) -> None:
     seed = parts.args.seed + 100 if args.seed is None else args.seed
     evaluator = Evaluator(parts.dataset, physics, args.episodes)
     seeds = range(seed, seed + args.starts * args.episodes, args.episodes)
-    returns = [evaluator(policy_of(parts, evaluator), start) for start in tqdm(seeds, "evaluate", unit=" start seeds")]
+    bar = tqdm(seeds, "evaluate", unit=" start seeds", disable=None)  # none where there is no terminal
+    returns = np.array([evaluator(policy_of(parts, evaluator), start) for start in bar])
     print(f"{parts.args.exp_name} on {parts.args.env_id}, seed {parts.args.seed}")
-    print(f"{args.starts} start seeds x {args.episodes} episodes in {described(parts.dataset.spec)}, physics {physics}")
+    where = f"{described(parts.dataset.spec)}, physics {physics}"
+    print(f"start seeds {', '.join(map(str, seeds))}; episodes of each: {args.episodes}, in {where}")
     print(f"\n{'return':<22}{'mean':>10}{'std':>10}{'lowest':>10}{'highest':>10}{'D4RL score of the mean':>26}")
-    print(row("episodes", np.concatenate(returns), evaluator))
-    print(row("means of start seeds", np.mean(returns, axis=1), evaluator))
+    print(row("episodes", returns.reshape(-1), evaluator))
+    print(row("means of start seeds", returns.mean(1), evaluator))
     if parts.dataset.mean_return is None:
         print("the data's episodes    not told: too many ends of episodes are unmarked")
     else:
@@ -86,8 +91,9 @@ def policy_of(parts: SimpleNamespace, evaluator: Evaluator):
 
 def row(name: str, returns: np.ndarray, evaluator: Evaluator) -> str:
     """The standard deviation is that of a sample (n - 1)."""
-    std, score = returns.std(ddof=1) if len(returns) > 1 else np.nan, evaluator.score(returns.mean())
-    numbers = "".join(f"{number:10.1f}" for number in (returns.mean(), std, returns.min(), returns.max()))
+    std = f"{returns.std(ddof=1):.1f}" if len(returns) > 1 else "-"
+    numbers = f"{returns.mean():10.1f}{std:>10}{returns.min():10.1f}{returns.max():10.1f}"
+    score = evaluator.score(returns.mean())
     return f"{name:<22}{numbers}{'none' if score is None else f'{score:.1f}':>26}"
 
 
@@ -99,12 +105,14 @@ def show(parts: SimpleNamespace, physics: str, seed: int, path: Path) -> None:
     from render import choose_renderer, write_gif
 
     spec = copy.deepcopy(parts.dataset.spec)
-    sticks = isinstance(Evaluator(parts.dataset, physics, 1).envs[0].unwrapped, gym.envs.mujoco.MujocoEnv)
-    sticks = sticks and choose_renderer("auto") == "sticks"
+    robot, sticks = parts.evaluator.envs[0].unwrapped, False
+    if isinstance(robot, MujocoEnv):
+        sticks = choose_renderer("auto") == "sticks"
+        if mujoco.mj_name2id(robot.model, mujoco.mjtObj.mjOBJ_CAMERA, "track") >= 0:
+            spec.kwargs["camera_name"] = "track"  # gymnasium's own choice stays where the episode begins
     if sticks and not robot_of(spec):
         raise UserError(f"--gif: no picture of {described(spec)}: the stick figure knows Hopper, Walker2d, HalfCheetah")
-    if not sticks:
-        spec.kwargs["render_mode"] = "rgb_array"
+    spec.kwargs["render_mode"] = None if sticks else "rgb_array"
     evaluator = Evaluator(replace(parts.dataset, spec=spec), physics, 1)
     policy, frames, steps = policy_of(parts, evaluator), [], 0
     rate = evaluator.envs[0].metadata.get("render_fps", 1000 / MILLISECONDS)
@@ -112,8 +120,8 @@ def show(parts: SimpleNamespace, physics: str, seed: int, path: Path) -> None:
 
     def picture() -> None:
         image = draw_sticks(evaluator.envs[0].unwrapped) if sticks else rendered(evaluator.envs[0])
-        text = f"{parts.args.exp_name} on {parts.args.env_id}: {steps / rate:.1f} s"
-        ImageDraw.Draw(image).text((6, 4), text, fill="black", stroke_width=2, stroke_fill="white")
+        text = f"{parts.args.exp_name} on {parts.args.env_id}\n{steps / rate:.1f} s"
+        ImageDraw.Draw(image).text((6, 4), text, "black", font_size=12, stroke_width=1, stroke_fill="white")
         frames.append(image)
 
     def watched(obs: np.ndarray) -> np.ndarray:
@@ -127,7 +135,7 @@ def show(parts: SimpleNamespace, physics: str, seed: int, path: Path) -> None:
     if len(frames) < FRAMES:
         picture()
     size = write_gif(path, frames, [max(MILLISECONDS, round(1000 * every / rate))] * len(frames))
-    print(f"\n{path}: {len(frames)} frames, {size / 2**20:.1f} MiB, an episode of {steps} steps with return {returned:.1f}")
+    print(f"\n{path}: {len(frames)} frames, {size / 2**20:.1f} MiB; {steps} steps, return {returned:.1f}")
 
 
 def rendered(env: gym.Env) -> Image.Image:
@@ -139,7 +147,6 @@ def rendered(env: gym.Env) -> Image.Image:
 
 
 def draw_sticks(robot: gym.Env) -> Image.Image:
-    import mujoco
     from render import View, capsules
     from render import draw_sticks as draw
 

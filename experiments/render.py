@@ -1,26 +1,20 @@
-"""What a world model imagined beside what the simulator does, as a GIF: python experiments/render.py RUN|SYNTHETIC_SET
-
-RUN is the folder of a run that kept a synthetic set (dawm_td3bc.py, dawm_iql.py, joint_td3bc.py), SYNTHETIC_SET that of
-the set itself.
+"""What a world model imagined beside what the simulator does, as a GIF: python experiments/render.py RUN
 
 Left: MuJoCo, from the rollout's first state, which is real, with the rollout's actions. The first action is real, the
-others are inferred or, by joint_td3bc.py, generated. It never sees an imagined state, so that errors of states and
-actions add up over the steps.
-Right: the imagined states, set into the same simulator.
-Below: the root mean square over the state's dimensions of imagined minus simulated, in standard deviations of the real
-data. The bar's scale is the same for all GIFs.
+others are inferred or, in variants/joint_td3bc.py, generated. It never sees an imagined state, so that errors of states
+and actions add up over the steps. Right: the imagined states, set into the same simulator. Below: the root mean square
+over the state's dimensions of imagined minus simulated, in standard deviations of the real data; the bar's scale is the
+same for all GIFs. The outline in both pictures is the simulator's robot.
 
-The outline in both pictures is the simulator's robot. No state shows the place along the track; for display it is
-integrated from the states' x-velocity (trapezoid rule), on both sides alike. The picture does not move within a
-rollout. Nothing is drawn between two states.
+No state shows the place along the track; for display it is integrated from the states' x-velocity (trapezoid rule), on
+both sides alike. Nothing is drawn between two states.
 
-    python experiments/render.py runs/local-hopper-medium-v0__dawm_td3bc__0__20260101-120000
-    python experiments/render.py runs/stages/synthesis-0123456789abcdef --pick worst --out worst.gif
-    python experiments/render.py RUN --rollout 17 4711 --renderer sticks     # needs no OpenGL
+    python experiments/render.py runs/RUN_FOLDER
+    python experiments/render.py runs/RUN_FOLDER --pick worst --out worst.gif
+    python experiments/render.py runs/RUN_FOLDER --rollout 17 4711 --renderer sticks     # needs no OpenGL
 """
 
-import argparse
-import json
+import importlib
 import math
 import os
 import subprocess
@@ -28,23 +22,20 @@ import sys
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from typing import Annotated, Literal
 
 import matplotlib
+import mujoco
 import numpy as np
-import torch
+import tyro
 from PIL import Image, ImageDraw, ImageFont
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from run_folders import load_run
 from tqdm import tqdm
 
-from common import UserError, tell
-from common.data import load_dataset
-from common.export import rollout_lengths
-from common.run import check_range, write_whole
-
-# MuJoCo reads MUJOCO_GL when it is imported, so whatever imports it (common.evaluation too) waits for choose_renderer.
+from common import UserError
+from common.cli import parse_args, tell
+from common.evaluation import Stepper
+from common.files import write_whole
 
 RANKED = 1000  # rollouts that --pick chooses from, drawn at random with a fixed seed
 BAR_END = 0.5  # standard deviations at the error bar's end
@@ -52,6 +43,19 @@ FINE = 3  # drawn so many times larger, then reduced: smooth edges
 WIDEST = 4.0  # metres in a picture, however far away a state may be imagined
 INK, GREY, RED, BLUE, PAPER = (30, 30, 30), (120, 120, 120), (200, 30, 30), (20, 130, 255), (255, 255, 255)
 TRY_GL = "import mujoco; m = mujoco.MjModel.from_xml_string('<mujoco/>'); mujoco.Renderer(m, 8, 8).render()"
+
+
+@tyro.conf.configure(tyro.conf.PositionalRequiredArgs)
+@dataclass
+class Args:
+    run: Path = tyro.MISSING  # folder of a finished run that made rollouts with a world model
+    pick: Literal["best", "median", "worst"] = "median"  # by mean error
+    count: Annotated[int, (1, 100)] = 3  # so many rollouts, one after another
+    rollout: tuple[int, ...] = ()  # these, by number from 0, instead of --pick and --count
+    out: Path | None = None  # default: imagined.gif in the run's folder
+    fps: Annotated[float, (0.1, 50)] = 2.5  # states per second; the simulator has 125 (Hopper)
+    size: Annotated[int, (32, 1024)] = 256  # pixels of each picture's side
+    renderer: Literal["auto", "gl", "sticks"] = "auto"  # auto: gl where it works
 
 
 # ---- What to show
@@ -68,6 +72,7 @@ def choose_renderer(asked: str) -> str:
             environment = {**os.environ, "MUJOCO_GL": name}
             if subprocess.run([sys.executable, "-c", TRY_GL], env=environment, capture_output=True).returncode == 0:
                 os.environ["MUJOCO_GL"] = name
+                importlib.reload(mujoco.rendering.classic.gl_context)  # it read the variable when it was imported
                 return "gl"
         why = (
             f"no OpenGL renderer works (tried MUJOCO_GL={', '.join(tried)}); on Debian and Ubuntu: apt install libegl1 "
@@ -75,70 +80,8 @@ def choose_renderer(asked: str) -> str:
         )
         if asked == "gl":
             raise UserError(f"--renderer gl: {why}; or --renderer sticks, which needs none")
-        print(f"note: {why}; drawing sticks instead")
-    os.environ["MUJOCO_GL"] = "disabled"  # a broken one, asked for or not, would stop the import of MuJoCo
+        print(f"note             {why}; drawing sticks instead")
     return "sticks"
-
-
-@dataclass
-class Source:
-    """A synthetic set: rows [M, row_dim], manifest; where known, the folder and args.json of a run that used it."""
-
-    folder: Path
-    rows: np.ndarray
-    manifest: dict
-    run: Path | None
-    run_content: dict
-
-    @property
-    def args(self) -> dict:
-        return {**self.manifest["depends"]["args"], **self.run_content.get("args", {})}
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
-        raise UserError(f"{path} cannot be read; the run or the set is not whole")
-
-
-def read_source(path: Path) -> Source:
-    """The synthetic set of a run's folder, or of its own."""
-    run, content = None, {}
-    if (path / "args.json").exists():
-        run, content = path, read_json(path / "args.json")
-        stages = read_json(path / "stages.json")
-        if "synthesis" not in stages:
-            raise UserError(
-                f"{path} kept no synthetic set (its stages: {', '.join(stages) or 'none'}); give a run of "
-                "dawm_td3bc.py, dawm_iql.py or joint_td3bc.py with --synthesis dataset"
-            )
-        path = Path(content["cwd"]) / stages["synthesis"]
-        if not path.exists():
-            raise UserError(
-                f"{path}, the synthetic set of {run}, is not there any more; give its folder if it was moved"
-            )
-    if not (path / "manifest.json").exists():
-        raise UserError(f"{path} is no run folder (args.json) and no kept synthetic set (manifest.json)")
-    manifest = read_json(path / "manifest.json")
-    if run is None:  # its path may be relative to a folder that the manifest does not name
-        for parent in (Path.cwd(), *path.resolve().parents):
-            if (parent / manifest["run"] / "args.json").exists():
-                run, content = parent / manifest["run"], read_json(parent / manifest["run"] / "args.json")
-                break
-    try:
-        tensors = load_file(path / "tensors.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path / 'tensors.safetensors'} cannot be read ({error})")
-    if "transitions" not in tensors or "horizon" not in manifest["depends"]["args"]:
-        raise UserError(f"{path} is stage {manifest['stage']}, no synthetic set: it holds no transitions with actions")
-    return Source(path, tensors["transitions"].numpy(), manifest, run, content)
-
-
-def first_rows(rows: np.ndarray, obs_dim: int, horizon: int) -> np.ndarray:
-    """Numbers of the rows [M, row_dim], float32, that begin a rollout."""
-    lengths = rollout_lengths(torch.from_numpy(rows), obs_dim, horizon + 1)
-    return np.cumsum(lengths) - lengths
 
 
 @dataclass
@@ -160,61 +103,58 @@ class Rollout:
         return self.error[1:].mean()  # the first state is shared
 
 
-def simulate(env, rows: np.ndarray, number: int, std: np.ndarray) -> Rollout:
-    """The rows of one rollout beside what env does. The error is infinite from where the simulator gives up on it."""
-    import mujoco
+def simulate(env, columns: list[np.ndarray], number: int, std: np.ndarray, rule: tuple) -> Rollout:
+    """A rollout's columns obs, action, reward, next_obs, terminated beside what env does.
 
-    nq, obs_dim, has_rule = env.model.nq, len(std), hasattr(env, "is_healthy")
-    imagined = np.concatenate([rows[:1, :obs_dim], rows[:, -1 - obs_dim : -1]]).astype(np.float64)
-    obs, reward, fallen = np.stack([imagined, imagined]), np.zeros((2, len(rows))), np.zeros((2, len(rows) + 1), bool)
-    reward[1] = rows[:, -2 - obs_dim]
-    if has_rule:
-        for i, state in enumerate(imagined):
-            env.set_state(np.append(0, state[: nq - 1]), state[nq - 1 :])
-            fallen[1, i] = not env.is_healthy
-        fallen[1, 1:] |= rows[:, -1] > 0  # the model's own sign
+    `rule` is the range of healthy states. The error is infinite from where the simulator gives up.
+    """
+    first, action, reward, next_obs, terminated = columns
+    imagined = np.concatenate([first[:1], next_obs]).astype(np.float64)
+    obs, rewards = np.stack([imagined, imagined]), np.stack([np.zeros(len(action)), reward[:, 0]])
     mujoco.mj_resetData(env.model, env.data)  # nothing of the state before, which the solver would start from
-    env.set_state(np.append(0, imagined[0, : nq - 1]), imagined[0, nq - 1 :])
-    for i, row in enumerate(rows):
-        obs[0, i + 1], reward[0, i], _, _, _ = env.step(row[obs_dim : -2 - obs_dim].astype(np.float64))
-        fallen[0, i + 1] = has_rule and not env.is_healthy
+    env.set_state(np.append(0, imagined[0, : env.model.nq - 1]), imagined[0, env.model.nq - 1 :])
+    for i, doing in enumerate(action):
+        obs[0, i + 1], rewards[0, i], *_ = env.step(doing.astype(np.float64))
         if not np.isclose(env.data.time, (i + 1) * env.dt):  # MuJoCo starts anew where it cannot go on
             obs[0, i + 1 :] = np.inf
             break
+    fallen = ~((obs > rule[0]) & (obs < rule[1])).all(2)
+    fallen[1, 1:] |= terminated[:, 0] > 0  # the model's own sign
     error = np.sqrt(np.square((obs[1] - obs[0]) / std).mean(1))
-    return Rollout(number, obs, reward, np.logical_or.accumulate(fallen, axis=1), error)
+    return Rollout(number, obs, rewards, np.logical_or.accumulate(fallen, axis=1), error)
 
 
-def pick(options, env, source: Source, starts: np.ndarray, std: np.ndarray, checkable) -> list[Rollout]:
+def choose(options: Args, parts, stepper: Stepper) -> list[Rollout]:
     """The rollouts asked for, each with what it stands for in its title."""
-    rows, bounds = source.rows, np.append(starts, len(source.rows))
+    dataset, rows, valid = parts.dataset, parts.rollouts["rows"], parts.rollouts["valid"]
+    sizes = parts.script.row_sizes(dataset.obs.shape[1], dataset.action.shape[1])
+    std, rule = dataset.obs.std(0, dtype=float), (dataset.healthy_low, dataset.healthy_high)
+    rule = (-np.inf, np.inf) if rule[0] is None else rule
 
     def show(number: int) -> Rollout:
-        return simulate(env, rows[bounds[number] : bounds[number + 1]], number, std)
+        columns = [column.numpy() for column in rows[number][valid[number]].split(sizes, dim=1)]
+        return simulate(stepper.envs[0], columns, number, std, rule)
 
-    known = checkable(rows[starts, : len(std)])
+    known = stepper.checkable(rows[:, 0, : len(std)].numpy())
     if options.rollout:
         for number in options.rollout:
-            if not 0 <= number < len(starts):
-                raise UserError(f"--rollout {number}: the set has {len(starts):,} rollouts, 0 to {len(starts) - 1}")
+            if not 0 <= number < len(rows):
+                raise UserError(f"--rollout {number}: the run has {len(rows):,} rollouts, 0 to {len(rows) - 1}")
             if not known[number] or not np.isfinite(show(number).error).all():
                 raise UserError(f"--rollout {number}: the simulator cannot go on from its first state; take another")
         return [show(number) for number in options.rollout]
-    numbers = np.flatnonzero(known)
-    numbers = np.sort(np.random.default_rng(0).permutation(numbers)[:RANKED])
+    numbers = np.sort(np.random.default_rng(0).permutation(np.flatnonzero(known))[:RANKED])
     ranked = [show(number) for number in tqdm(numbers, desc="simulate", unit=" rollout")]
     ranked = sorted((found for found in ranked if np.isfinite(found.error).all()), key=lambda found: found.mean_error)
     if not ranked:
-        raise UserError(f"{source.folder} holds no rollout that the simulator can follow")
+        raise UserError(f"{options.run} holds no rollout that the simulator can follow")
     errors = [ranked[i].mean_error for i in (0, len(ranked) // 2, -1)]
     print(f"mean error of {len(ranked):,} rollouts: {errors[0]:.3f} to {errors[2]:.3f}, median {errors[1]:.3f}")
     count = min(options.count, len(ranked))
     first = {"best": 0, "median": (len(ranked) - count) // 2, "worst": len(ranked) - count}[options.pick]
-    chosen = ranked[first : first + count]
-    drawn = " drawn" if len(numbers) < len(starts) else ""
-    for rank, found in enumerate(chosen, first + 1):
-        found.title = f": rank {rank:,} of {len(ranked):,}{drawn}, by mean error"
-    return chosen[::-1] if options.pick == "worst" else chosen
+    for rank, found in enumerate(ranked[first : first + count], first + 1):
+        found.title = f": rank {rank:,} of {len(ranked):,}{' drawn' if len(numbers) < len(rows) else ''}, by mean error"
+    return ranked[first : first + count][:: -1 if options.pick == "worst" else 1]
 
 
 # ---- Drawing
@@ -229,8 +169,6 @@ def positions(obs: np.ndarray, nq: int, dt: float) -> np.ndarray:
 
 def capsules(model, data, position: np.ndarray) -> list[tuple]:
     """The robot's capsules in the plane of its motion: (ends [2, 2] in metres, radius, colour), MuJoCo's kinematics."""
-    import mujoco
-
     data.qpos[:] = position
     mujoco.mj_forward(model, data)
     found = []
@@ -291,8 +229,6 @@ class GL:
     """MuJoCo's own picture in the view's frame: the camera looks straight across the plane of motion."""
 
     def __init__(self, model, size: int):
-        import mujoco
-
         # Without shadows and multisampling eight times as fast on a CPU; reducing the picture smooths it as well.
         model.vis.quality.shadowsize = model.vis.quality.offsamples = 0
         model.vis.global_.offwidth = model.vis.global_.offheight = size
@@ -377,8 +313,6 @@ class Sheet:
 
 def draw_frames(env, renderer: str, size: int, rollouts: list[Rollout], sheet: Sheet) -> list[Image.Image]:
     """A frame for every state of every rollout. All have one scale; each rollout has one place of the camera."""
-    import mujoco
-
     model, large = env.model, size * (FINE if renderer == "sticks" else 2)
     data, gl = mujoco.MjData(model), GL(model, large) if renderer == "gl" else None
     poses = [[positions(obs, model.nq, env.dt) for obs in rollout.obs] for rollout in rollouts]
@@ -426,49 +360,23 @@ def write_gif(path: Path, frames: list[Image.Image], durations: list[int]) -> in
     return len(buffer.getvalue())
 
 
-def main(words: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="folder of a run, or of a kept synthetic set")
-    parser.add_argument("--pick", choices=("best", "median", "worst"), default="median", help="by mean error")
-    parser.add_argument("--count", type=int, default=3, help="so many rollouts, one after another")
-    parser.add_argument("--rollout", type=int, nargs="+", help="these, by number from 0, instead of --pick and --count")
-    parser.add_argument("--out", type=Path, help="default: imagined.gif in the run's folder, else in runs/")
-    parser.add_argument("--fps", type=float, default=2.5, help="states per second; the simulator has 125 (Hopper)")
-    parser.add_argument("--size", type=int, default=256, help="pixels of each picture's side")
-    parser.add_argument("--physics", choices=("auto", "d4rl", "stock"), default="auto", help="auto: the run's")
-    parser.add_argument("--renderer", choices=("auto", "gl", "sticks"), default="auto", help="auto: gl where it works")
-    options = parser.parse_args(words)
-    check_range(options, 1, 100, "count")
-    check_range(options, 0.1, 50, "fps")
-    check_range(options, 32, 1024, "size")
+def main(options: Args) -> None:
     if options.out is not None and options.out.suffix != ".gif":
         raise UserError(f"--out {options.out} must end in .gif")
-    source = read_source(options.source)
-    args, renderer = source.args, choose_renderer(options.renderer)
-    data_path = args.get("data_path") and Path(source.run_content["cwd"]) / args["data_path"]
-    dataset = load_dataset(args["env_id"], data_path)
-    if source.manifest["depends"]["inputs"]["data"] != dataset.fingerprint:
-        raise UserError(f"{source.folder} was made from other data than {dataset.path} holds now")
-    from common.evaluation import Stepper  # imports MuJoCo
-
-    physics = args.get("physics", "auto") if options.physics == "auto" else options.physics
-    physics = dataset.physics if physics == "auto" else physics
-    stepper = Stepper(dataset.simulator, physics, dataset.simulator_kwargs, threads=1)
-    obs_dim, horizon = stepper.obs_dim, source.manifest["depends"]["args"]["horizon"]
-    starts = first_rows(source.rows, obs_dim, horizon)
-    std = dataset.obs.std(0, dtype=np.float64)
-    rollouts = pick(options, stepper.env, source, starts, std, stepper.checkable)
-    sheet = Sheet(options.size, args["env_id"], hasattr(stepper.env, "is_healthy"))
-    frames = draw_frames(stepper.env, renderer, options.size, rollouts, sheet)
+    renderer, parts = choose_renderer(options.renderer), load_run(options.run)
+    stepper = Stepper(parts.dataset, parts.args.physics, threads=1)
+    rollouts, env = choose(options, parts, stepper), stepper.envs[0]
+    sheet = Sheet(options.size, parts.args.env_id, parts.dataset.healthy_low is not None)
+    frames = draw_frames(env, renderer, options.size, rollouts, sheet)
     hold = round(1000 / options.fps)
     durations = [duration for found in rollouts for duration in (*[hold] * (len(found.error) - 1), 3 * hold)]
-    out = options.out or (source.run or Path("runs")) / "imagined.gif"
+    out = options.out or options.run / "imagined.gif"
     size = write_gif(out, frames, durations)
     for found in rollouts:
         print(f"rollout {found.number}: error by step " + " ".join(f"{error:.2f}" for error in found.error[1:]))
     used = f"gl ({os.environ['MUJOCO_GL']})" if renderer == "gl" else renderer
-    print(f"{out}: {len(frames)} frames, {size / 2**20:.2f} MiB, physics {physics}, renderer {used}")
+    print(f"{out}: {len(frames)} frames, {size / 2**20:.2f} MiB, physics {parts.evaluator.physics}, renderer {used}")
 
 
 if __name__ == "__main__":
-    tell(main)
+    tell(lambda: main(parse_args(Args, {})))

@@ -1,12 +1,12 @@
 """Scores of finished runs as a Markdown table, and their learning curves.
 
     python experiments/table.py runs/learners                 # the table
-    python experiments/table.py runs/learners learners.png    # and the curves: thin lines are seeds, the thick one their
-                                                              # mean, dashed the data's own mean
+    python experiments/table.py runs/learners learners.png    # and the curves
 
-Runs that differ in nothing but the agent's seed form one row. Scores are D4RL's, 0 to 100: mean and standard deviation
-(n - 1) over seeds of the final evaluation and of the mean over the curve. "minutes" is the mean wall time of a run,
-without the stages that it found kept.
+Runs that differ in nothing but the agent's seed form one row, named by --exp-name. Scores are D4RL's, 0 to 100: mean
+and standard deviation (n - 1) over seeds of the final evaluation and of the mean over the curve. "minutes" is the mean
+wall time of a run, without the stages that it found kept. In the picture thin lines are seeds, the thick one is their
+mean, the dashed one the data's own mean.
 """
 
 import json
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from runs import finished_runs
+from run_folders import finished_runs
 
 from common import UserError
 from common.cli import tell
@@ -35,13 +35,6 @@ def grouped(root: Path) -> list[list]:
     if not groups:
         raise UserError(f"no run in {root} has a D4RL score; summary.txt in each folder has its returns")
     return sorted(groups.values(), key=lambda runs: (-len(runs), runs[0].content["args"]["exp_name"]))
-
-
-def command(content: dict) -> str:
-    """The command line of a run without what all runs share."""
-    words, shared = list(content["command"]), ("--run-dir", "--stage-dir", "--exp-name", "--seed")
-    words[0] = Path(words[0]).name
-    return " ".join(w for i, w in enumerate(words) if w not in (*shared, "--laptop") and words[i - 1] not in shared)
 
 
 def spread(values: list[float]) -> str:
@@ -63,11 +56,11 @@ def own_score(data: dict) -> float | None:
 
 def main(root: Path, picture: Path | None) -> None:
     groups = grouped(root)
-    print("| command | seeds | final | mean of the curve | minutes |\n|---|---|---|---|---|")
+    print("| run | seeds | final | mean of the curve | minutes |\n|---|---|---|---|---|")
     for runs in groups:
         seeds, seconds = [run.content["args"]["seed"] for run in runs], [run.seconds for run in runs]
         curves = [run.metrics["eval/normalized_score"] for run in runs]
-        print(row(f"`{command(runs[0].content)}`", seeds, curves, seconds))
+        print(row(runs[0].content["args"]["exp_name"], seeds, curves, seconds))
     peers = defaultdict(list)
     if (root / "peers.jsonl").exists():  # of experiments/peers.sh
         for line in (root / "peers.jsonl").read_text().splitlines():
@@ -80,11 +73,14 @@ def main(root: Path, picture: Path | None) -> None:
         if own_score(data) is not None:
             print(f"\nThe mean return of {data['env_id']} itself: {own_score(data):.1f}")
     if picture:
-        draw([runs for runs in groups if len(runs[0].metrics["eval/normalized_score"]) > 1], picture)
+        draw(groups, picture)
 
 
 def draw(groups: list[list], picture: Path) -> None:
-    """A panel for each method."""
+    """A panel for each method that has a curve."""
+    groups = [runs for runs in groups if len(runs[0].metrics["eval/normalized_score"]) > 1]
+    if not groups:
+        raise UserError("no run was evaluated twice, so there is no curve to draw; lower --eval-every")
     rows = math.ceil(len(groups) / 4)
     figure = Figure(figsize=(13, 2.6 * rows), layout="constrained")
     panels = figure.subplots(rows, 4, squeeze=False, sharex=True, sharey=True)

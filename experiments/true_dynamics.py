@@ -14,9 +14,9 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import tyro
-from runs import load_run
+from run_folders import load_run
 
-from common.cli import Count, Seed, check_ranges, tell
+from common.cli import Count, Seed, parse_args, tell
 from common.evaluation import Stepper, score_report
 from common.run import Run
 
@@ -30,9 +30,10 @@ REPLACED = {  # the run's name: columns of a row that the simulator gives
 }
 
 
+@tyro.conf.configure(tyro.conf.PositionalRequiredArgs)
 @dataclass
 class Args:
-    run: Annotated[Path, tyro.conf.Positional]  # folder of a finished run of dawm_td3bc.py or variants/joint_td3bc.py
+    run: Path = tyro.MISSING  # folder of a finished run of dawm_td3bc.py or variants/joint_td3bc.py
     lines: tuple[Literal[*REPLACED], ...] = tuple(REPLACED)  # of the table
     updates: Count = 80_000  # of the agent
     seeds: tuple[Seed, ...] = (0, 1, 2)  # of the agent
@@ -57,7 +58,6 @@ def true_rows(parts) -> torch.Tensor:
 
 
 def main(options: Args) -> None:
-    check_ranges(options)
     parts = load_run(options.run)
     sizes = parts.script.row_sizes(parts.dataset.obs.shape[1], parts.dataset.action.shape[1])
     columns = dict(zip(("obs", "action", "reward", "next_obs", "terminated"), np.cumsum([0, *sizes]), strict=False))
@@ -81,4 +81,4 @@ def main(options: Args) -> None:
 
 
 if __name__ == "__main__":
-    tell(lambda: main(tyro.cli(Args, description=__doc__)))
+    tell(lambda: main(parse_args(Args, {})))

@@ -9,9 +9,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before numpy and torch are imported, here
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import pytest
-import torch
-from toy import hopper_arguments
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from toy import hopper_arguments  # noqa: E402
 
 os.chdir(ROOT)  # where the scripts lie that the children's warm process imports
 forkserver.ensure_running()

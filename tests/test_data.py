@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import threading
@@ -1025,6 +1026,36 @@ def test_actions_without_bounds(warned):
     loaded, warnings = warned("tiny/free-v0")
     assert "sets its actions no bounds: the data's own, [(-4, 0, -1), (7, 5, 1)]" in warnings[0] and len(warnings) == 1
     assert loaded.action[0].tolist() == [-1, 1, 0.5] and loaded.action[1, 0] == 1  # -4, 5, 0.5; 7
+
+
+class Nested(gym.Env):
+    observation_space = gym.spaces.Dict(place=gym.spaces.Box(-9, 9, (2,)), goal=gym.spaces.Box(-9, 9, (1,)))
+    action_space = gym.spaces.Box(-1, 1, (2,))
+
+
+gym.register("Nested-v0", entry_point=f"{__name__}:Nested", max_episode_steps=9)
+
+
+def test_ways_to_bring_data(folders, monkeypatch, warned):
+    """The three examples of docs/data.md run as printed, and what they write is loaded without a warning."""
+    monkeypatch.chdir(folders)
+    text = (Path(data.__file__).parent.parent / "docs" / "data.md").read_text()
+    arrays, file, flatten = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(arrays, {})
+    loaded, warnings = warned("mine/pendulum-v0")
+    assert loaded.lengths.tolist() == [200] * 20 and loaded.complete.all() and warnings == []
+    exec(file, {})
+    loaded, warnings = warned(NAME, Path("mine.hdf5"))
+    assert len(loaded.lengths) == 20 and loaded.terminated.sum() == 20 and warnings == []
+    place, goal = np.random.default_rng(0).uniform(-1, 1, (2, 5, 2))
+    episode = dataclasses.replace(
+        buffers(2, 2, [(4, False, True)])[0], observations={"place": place, "goal": goal[:, :1]}
+    )
+    create("tiny/nested-v0", [episode] * 3, "Nested-v0")
+    exec(flatten.replace("D4RL/antmaze/umaze-v1", "tiny/nested-v0"), {})
+    loaded, warnings = warned("mine/antmaze-v0")
+    np.testing.assert_array_equal(loaded.obs[:4], np.hstack([goal[:4, :1], place[:4]]).astype(np.float32))
+    assert loaded.facts()["simulator"] == "Nested-v0 in FlattenObservation" and warnings == []
 
 
 @pytest.mark.parametrize("answers", [False, True])

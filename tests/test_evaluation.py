@@ -70,6 +70,7 @@ class Tired(gym.ActionWrapper, gym.utils.RecordConstructorArgs):
 
 gym.register("Bowl-v0", entry_point=f"{__name__}:Bowl", max_episode_steps=50)
 gym.register("EndlessBowl-v0", entry_point=f"{__name__}:Bowl")
+gym.register("theirs/Hopper-v4", entry_point="gymnasium.envs.mujoco.hopper_v4:HopperEnv", max_episode_steps=1000)
 
 
 def dataset_of(env, physics="stock", **changes) -> OfflineDataset:
@@ -260,6 +261,7 @@ def test_no_rule_is_known_behind_a_wrapper_or_of_other_peoples_robots():
     for wrapped in (wrappers.NormalizeObservation(hopper), wrappers.TimeAwareObservation(hopper)):
         assert fall_rule(wrapped) is None
     assert fall_rule(gym.make("Bowl-v0")) is None and fall_rule(gym.make("InvertedPendulum-v5")) is None
+    assert fall_rule(Tired(gym.make("Pendulum-v1"), 0.5)) is None  # a user's wrapper may end episodes
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -278,6 +280,7 @@ def test_scores_are_for_the_unchanged_environment():
         wrappers.RescaleAction(gym.make("Hopper-v5"), -2, 2),
         wrappers.NormalizeReward(gym.make("Hopper-v5")),
         gym.make("Bowl-v0"),
+        gym.make("theirs/Hopper-v4"),
     ):
         assert dataset_of(other).robot == "" and Evaluator(dataset_of(other), "auto", 1).score(3000) is None
 

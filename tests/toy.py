@@ -1,4 +1,4 @@
-"""Small data, and short runs of the scripts in children of one warm process: starting Python costs more than they do."""
+"""Small data, and short runs of the scripts in children of one warm process: starting Python costs more than they."""
 
 import importlib
 import multiprocessing

@@ -41,7 +41,7 @@ def command(name: str, folder: Path, *more: str) -> tuple[str, list[str]]:
     """Module and arguments of one of COMMANDS, with all that it writes below `folder`, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
     module, arguments = COMMANDS[name]
-    shared = "--laptop --device cpu --log-every 20 --checkpoint-every 5e-4".split()
+    shared = "--laptop --device cpu --log-every 20 --checkpoint-every 1e-3".split()
     return module, [str(word) for word in hopper_arguments(folder, *shared, *arguments, *more)]
 
 
@@ -160,13 +160,13 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def make(folder: Path, die: str = "") -> None:
     """A kept stage, told as "made" or "found". Whoever makes it writes a line to `makers` and waits for a file `go`."""
-    if die == "while saving":
-        common.stages.save_file = save_half
+    counter, run = Counter(), new_run(folder)
+    if die == "before it is on the disk":
+        os.fsync = die_at_once
     if die == "before the checksum":
         common.files.sha256_of = die_at_once
     if die == "before the rename":
         Path.replace = lambda path, target: die_at_once() if target.suffix == ".safetensors" else path.rename(target)
-    counter, run = Counter(), new_run(folder)
     with run.stage(make, 3, "step", keeps=counter) as stage:
         for step in stage:
             if step == 1:
@@ -181,11 +181,6 @@ def make(folder: Path, die: str = "") -> None:
 
 def die_at_once(*_) -> None:
     os.kill(os.getpid(), KILL)
-
-
-def save_half(tensors, path, header) -> None:
-    Path(path).write_bytes(b"half")
-    die_at_once()
 
 
 def endless() -> None:

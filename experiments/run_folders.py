@@ -11,16 +11,16 @@ from types import SimpleNamespace
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common import UserError
+from common import UserError  # noqa: E402
 
 
 def load_run(folder: Path) -> SimpleNamespace:
     """What `load_run` of the run's own script gives, and that `script`. UserError if the run made no rollouts."""
-    name = Path(read_args(folder)["command"][0]).stem
-    found = [place for place in ("", "variants", "baselines") if (ROOT / place / f"{name}.py").exists()]
-    if not found:
-        raise UserError(f"{folder} was made by {name}.py, which is not here; put that script back")
-    script = importlib.import_module(".".join(filter(None, [found[0], name])))
+    module = read_args(folder).get("module", "")
+    try:
+        script = importlib.import_module(module)
+    except (ImportError, ValueError):
+        raise UserError(f"{folder} was made by {module or 'an old version'}, which is not here; put that script back")
     parts = script.load_run(folder)
     if getattr(parts, "rollouts", None) is None or getattr(parts, "world_model", None) is None:
         raise UserError(f"{folder} holds no rollouts of a world model; give a run of dawm_td3bc.py, say, without "

@@ -1,0 +1,151 @@
+"""experiments/policy.py: the policy of every learner's toy run, beside the numbers that the run itself has logged."""
+
+import json
+import re
+import runpy
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from PIL import Image
+from test_own_data import record
+from toy import TOY, TOY_AGENT, TOY_IDM, TOY_WORLD_MODEL, child, folders_below, hopper_run, run
+
+from common.evaluation import Evaluator, normalized_score
+
+LEARNERS = {
+    "dawm_td3bc": TOY,
+    "dawm_iql": TOY,
+    "dwm_baseline": [*TOY_AGENT, *TOY_WORLD_MODEL],
+    "variants.joint_td3bc": [*TOY_AGENT, *TOY_WORLD_MODEL],
+    "baselines.ssorl": [*TOY_AGENT, *TOY_IDM, "--label-fraction", "0.5"],
+    "baselines.decision_diffuser": "--laptop --eval-episodes 2 --log-every 5 --device cpu --world-model-steps 20 "
+    "--unet-width 8 --idm-width 16 --plan-horizon 8".split(),
+}
+
+
+def policy(folder: Path, *words, **environment) -> SimpleNamespace:
+    """`python experiments/policy.py words` -> exit code, all that it printed, and the rows of its table."""
+    log = folder / f"policy-{time.monotonic_ns()}.txt"
+    process = child(_policy, [str(word) for word in words], log=log, **environment)
+    process.join()
+    text = log.read_text()
+    rows = re.findall(r"^(episodes|means|the data).*?((?: +[-\d.]+){4}) +(\S+)$", text, flags=re.M)
+    rows = {name: [*numbers.split(), score] for name, numbers, score in rows}
+    return SimpleNamespace(code=process.exitcode, text=text, rows=rows)
+
+
+def _policy(words: list[str]) -> None:
+    sys.path.insert(0, "experiments")
+    sys.argv = ["experiments/policy.py", *words]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def finals(folder: Path) -> tuple[float, float]:
+    """Mean return and standard deviation of the last evaluation in a run's log."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if "eval/episodic_return" in line][-1]
+    return last["eval/episodic_return"], last["eval/episodic_return_std"]
+
+
+@pytest.fixture(scope="module")
+def made(toy):
+    """Makes the toy run of a learner once -> its folder."""
+    folders = {}
+
+    def make(module: str) -> Path:
+        if module not in folders:
+            name = f"policy-{module.split('.')[-1]}"
+            hopper_run(module, toy, *LEARNERS[module], "--exp-name", name)
+            (folders[module],) = (toy / "runs").glob(f"*__{name}__*")
+        return folders[module]
+
+    return make
+
+
+@pytest.mark.parametrize("module", LEARNERS)
+def test_the_first_start_seed_is_the_runs_own_evaluation(module, made, tmp_path):
+    folder = made(module)
+    result = policy(tmp_path, folder, "--episodes", 2, "--starts", 1)
+    assert result.code == 0, result.text
+    mean, std = finals(folder)
+    lowest, highest, score = mean - std, mean + std, normalized_score("hopper", mean)  # of two episodes
+    numbers = [mean, np.sqrt(2) * std, lowest, highest, score]  # with n - 1 in the place of n
+    assert result.rows["episodes"] == [f"{number:.1f}" for number in numbers]
+    assert result.rows["means"] == [f"{mean:.1f}", "-", f"{mean:.1f}", f"{mean:.1f}", f"{score:.1f}"]
+    data = json.loads((folder / "args.json").read_text())["data"]
+    assert result.rows["the data"][0] == f"{data['mean_return']:.1f}"
+
+
+def test_start_seeds_are_blocks_of_episodes_in_the_physics_asked_for(made, tmp_path):
+    import dawm_td3bc
+
+    parts = dawm_td3bc.load_run(made("dawm_td3bc"))
+    parts.actor.requires_grad_(False)
+    evaluator = Evaluator(parts.dataset, "stock", 3)
+    returns = [evaluator(lambda obs: parts.actor(dawm_td3bc.torch.as_tensor(obs)).numpy(), seed) for seed in (5, 8)]
+    words = "--seed 5 --episodes 3 --starts 2 --physics stock".split()
+    result = policy(tmp_path, made("dawm_td3bc"), *words)
+    assert "start seeds 5, 8; episodes of each: 3, in Hopper-v4, physics stock" in result.text
+    for name, of in (("episodes", np.concatenate(returns)), ("means", np.mean(returns, axis=1))):
+        numbers = [of.mean(), of.std(ddof=1), of.min(), of.max()]
+        assert result.rows[name][:4] == [f"{number:.1f}" for number in numbers]
+
+
+def test_an_episode_as_sticks_ends_with_its_fall(made, tmp_path):
+    gif, words = tmp_path / "policy.gif", "--episodes 2 --starts 1".split()
+    result = policy(tmp_path, made("dawm_td3bc"), *words, "--gif", gif, MUJOCO_GL="disabled")
+    assert result.code == 0, result.text
+    frames, steps = map(int, re.search(r"policy.gif: (\d+) frames.*; (\d+) steps, return", result.text).groups())
+    assert frames == -(-steps // 5) + 1  # 125 states a second, 25 frames, and the fall
+    with Image.open(gif) as image:
+        assert (image.n_frames, image.size, image.info["duration"]) == (frames, (256, 256), 40)
+        image.seek(frames - 1)
+        assert len(image.convert("RGB").getcolors(2**16)) > 5  # sky, floor, marks, robot, words
+
+
+def test_a_task_without_a_d4rl_score_is_told_in_returns(folders):
+    """And where gymnasium has no picture, here for want of pygame, one line says why; so does physics it has not."""
+    record(gym.make("Pendulum-v1"), "own/pendulum-v0")
+    words = ["--env-id", "own/pendulum-v0", *folders_below(folders), *TOY_AGENT, "--synthetic-fraction", "0"]
+    assert run("dawm_td3bc", words, folders).code == 0
+    (folder,) = (folders / "runs").glob("*__dawm_td3bc__*")
+    gif = folders / "policy.gif"
+    result = policy(folders, folder, "--episodes", 2, "--starts", 1, "--gif", gif)
+    mean, _ = finals(folder)
+    assert result.rows["episodes"][0] == f"{mean:.1f}" and {row[-1] for row in result.rows.values()} == {"none"}
+    if not gif.exists():
+        assert (
+            result.code == 2 and "error: --gif: Pendulum-v1 gives no picture (DependencyNotInstalled: " in result.text
+        )
+    result = policy(folders, folder, "--physics", "d4rl")
+    assert result.code == 2 and "--physics d4rl restores Hopper, Walker2d and HalfCheetah -v4" in result.text
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("nowhere", "nowhere is not the folder of a run: it holds no readable args.json"),
+        ("FOREIGN", "was made by no_such_script, which is not here; put that script back"),
+        ("UNFINISHED", "has not finished: give its command again: python "),
+        (
+            "RUN --physics old",
+            "invalid choice 'old' for argument '--physics'. Expected one of ('auto', 'd4rl', 'stock')",
+        ),
+        ("RUN --episodes 0", "--episodes 0 must be 1 or more"),
+        ("RUN --gif policy.png", "--gif policy.png must end in .gif and lie in a folder that exists"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(words, message, made, tmp_path):
+    run_folder = made("dawm_td3bc")
+    (tmp_path / "FOREIGN").mkdir()
+    (tmp_path / "FOREIGN" / "args.json").write_text('{"module": "no_such_script"}')
+    (tmp_path / "UNFINISHED").mkdir()
+    (tmp_path / "UNFINISHED" / "args.json").write_text((run_folder / "args.json").read_text())
+    places = {"RUN": run_folder} | {name: tmp_path / name for name in ("FOREIGN", "UNFINISHED")}
+    result = policy(tmp_path, *(places.get(word, word) for word in words.split()))
+    assert result.code == 2 and message in result.text and result.text.count("\n") == 1, result.text
