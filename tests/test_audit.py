@@ -1,0 +1,169 @@
+"""experiments/audit.py: the instrument against known errors, actions and distributions; its command on a toy run."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from toy import ROOT, TOY, hopper_run
+
+from common import UserError
+from common.evaluation import Stepper, make_env
+
+sys.path.insert(0, str(ROOT / "experiments"))
+import audit
+
+
+@pytest.fixture(scope="module")
+def hopper():
+    """Random play in Hopper as Rows, rounded to float32 as a data set holds them; a stepper; their sd."""
+    env, rng, rows = make_env("Hopper-v4", "d4rl"), np.random.default_rng(0), []
+    obs, _ = env.reset(seed=0)
+    for _ in range(300):
+        action = rng.uniform(-1, 1, 3).astype(np.float32)
+        next_obs, reward, terminated, _, _ = env.step(action)
+        rows.append((obs, action, reward, next_obs, terminated, 0))
+        obs = env.reset()[0] if terminated else next_obs
+    columns = [np.array(column) for column in zip(*rows, strict=True)]
+    rows = audit.Rows(*(c.astype(np.float32).astype(float) if c.dtype == float else c for c in columns))
+    dataset = SimpleNamespace(
+        spec=env.spec, physics="d4rl", obs=rows.obs, action_low=env.action_space.low, action_high=env.action_space.high
+    )
+    sd = rows.obs.std(0) + 1e-6
+    return SimpleNamespace(rows=rows, sd=sd, stepper=lambda physics: Stepper(dataset, physics, threads=1))
+
+
+def judged(hopper, rows, physics="d4rl") -> dict:
+    return audit.check(hopper.stepper(physics), rows, hopper.sd, 1.0, audit.NAMES["hopper"])
+
+
+def test_real_rows_have_no_error_under_their_physics_and_a_visible_one_under_the_other(hopper):
+    found = judged(hopper, hopper.rows)
+    assert found["state"]["max"] < 1e-5 and found["reward"]["max"] < 1e-5  # float32's rounding of the stored state
+    falls = found["falls"]
+    assert falls["simulator"] == falls["told"] == falls["both"] > 0
+    assert found["uncheckable"] == pytest.approx((np.abs(hopper.rows.obs[:, 5:]) >= 10).any(1).mean())
+    assert judged(hopper, hopper.rows, "stock")["state"]["median"] > 1e-4
+
+
+def test_known_errors_are_told_in_standard_deviations(hopper):
+    rows = hopper.rows[np.arange(100)]
+    rows.next_obs, rows.reward, rows.terminated = rows.next_obs + 0.5 * hopper.sd, rows.reward - 2, ~rows.terminated
+    found = judged(hopper, rows)
+    assert found["state"]["median"] == pytest.approx(0.5, abs=1e-5) and found["falls"]["both"] == 0
+    assert found["dimensions"]["w_foot"] == pytest.approx(0.5, abs=1e-5)
+    assert found["reward"]["max"] == pytest.approx(2, abs=1e-5) and found["rows"] == 100
+
+
+def test_the_explaining_action_is_found_from_a_wrong_start(hopper):
+    stepper = hopper.stepper("d4rl")
+    rows = hopper.rows[stepper.checkable(hopper.rows.obs)]
+    truth, rng = rows.action.astype(float), np.random.default_rng(1)
+    rows.action = (truth + rng.normal(0, 0.1, truth.shape)).clip(-1, 1)
+    action, left, its_part = audit.explaining_action(stepper, rows, hopper.sd)
+    own = audit.norm((rows.next_obs - stepper(rows.obs, rows.action)[0]) / hopper.sd)
+    assert np.median(its_part / own) == pytest.approx(1, abs=1e-3)  # all of the error is the action's
+    assert np.median(np.abs(action - truth)) < 1e-4 < 0.05 < np.median(np.abs(rows.action - truth))
+    assert np.median(left) < 1e-4 and (np.abs(action) <= 1).all()
+    rows.next_obs = rows.next_obs + hopper.sd  # no action does that
+    assert np.median(audit.explaining_action(stepper, rows, hopper.sd)[1]) > 0.3
+
+
+def test_likeness_by_hand():
+    x = np.random.default_rng(0).normal(size=(20_000, 2))
+    rows = SimpleNamespace(obs=x[:, :1], action=x[:, 1:], reward=x[:, 0], next_obs=x[:, 1:])
+    other = SimpleNamespace(obs=x[:, :1], action=-x[:, :1], reward=x[:, 0], next_obs=x[:, 1:])
+    assert audit.likeness(rows, rows) == {"marginals": 1, "correlations": 1}
+    # Columns s, a, r, s' with r = s and s' = a: of six correlations, those of (s, a), (a, r) go from 0 to -1, (a, s')
+    # from 1 to 0, so they lose 1 / 2 each.
+    assert audit.likeness(rows, other)["correlations"] == pytest.approx(1 - 3 * 0.5 / 6, abs=0.01)
+    a, b = np.arange(100.0)[:, None], np.arange(25.0, 125)[:, None]  # a quarter of each lies beside the other
+    same, moved = (SimpleNamespace(obs=a, action=v, reward=a[:, 0], next_obs=a) for v in (a, b))
+    assert audit.likeness(same, moved)["marginals"] == pytest.approx(1 - 0.25 / 4)
+
+
+def test_crps_against_its_definition():
+    samples, truth = torch.randn(5, 7, 2, 3).double(), torch.randn(5, 2, 3).double()
+    pairs = (samples[:, :, None] - samples[:, None]).abs().sum((1, 2)) / (7 * 6)
+    torch.testing.assert_close(audit.crps(samples, truth), (samples - truth[:, None]).abs().mean(1) - pairs / 2)
+
+
+def test_calibrated_samples_have_spread_equal_to_error():
+    mean = torch.randn(4000, 1, 2, 3)
+    samples, truth = mean + torch.randn(4000, 9, 2, 3), (mean + torch.randn(4000, 1, 2, 3))[:, 0]
+    found, narrow = audit.scores(samples, truth), audit.scores(mean + 0.3 * torch.randn(4000, 9, 2, 3), truth)
+    assert found["spread"] == pytest.approx(found["error"], rel=0.03)
+    assert found["outside"] == pytest.approx([0.2, 0.2], abs=0.02)  # 2 / (9 + 1)
+    assert narrow["outside"][0] > 0.5 and narrow["crps"][0] > 1.1 * found["crps"][0]
+
+
+def test_the_ensemble_learns_mean_and_variance():
+    x, noise = torch.randn(4000, 2), torch.tensor([0.4, 0.8])
+    y = torch.stack([x[:, 0] + x[:, 1], 2 * x[:, 0]], dim=1) + noise * torch.randn(4000, 2)
+    ensemble = audit.GaussianEnsemble(x, y, 32)
+    assert ensemble.fit(x, y, torch.arange(4000) < 400, 800, 64) <= 800
+    with torch.no_grad():
+        drawn = ensemble.sample(torch.tensor([[0.5, -0.5]]).expand(5, 4000, -1))
+    assert drawn.mean((0, 1)).tolist() == pytest.approx([0, 1], abs=0.1)
+    assert drawn.std((0, 1)).tolist() == pytest.approx(noise.tolist(), rel=0.25)
+
+
+# ---- The command
+
+
+@pytest.fixture(scope="module")
+def toy_run(toy):
+    """The folder of a toy run with rollouts of four steps."""
+    hopper_run("dawm_td3bc", toy, *TOY, "--horizon", "3", "--exp-name", "audited")
+    return next((toy / "runs").glob("*__audited__*"))
+
+
+def audited(folder, **changes) -> dict:
+    small = dict(rows=400, actions=40, pairs=4, rollouts=10, ensemble_updates=20, threads=1)
+    audit.main(audit.Args(run=folder, **small | changes))
+    return json.loads((folder / "audit.json").read_text())
+
+
+def test_a_run_is_audited(toy_run, capsys):
+    found = audited(toy_run)
+    assert list(found["simulator"]) == ["step 0", "step 1", "step 2", "step 3", "real", "real, physics stock"]
+    assert found["simulator"]["real"]["state"]["max"] < 1e-5 < found["simulator"]["real, physics stock"]["state"]["max"]
+    assert sum(found["simulator"][f"step {h}"]["rows"] for h in range(4)) == min(400, found["rows"])
+    assert all(len(part["crps"]) == 8 for part in found["calibration"].values()) and len(found["calibration"]) == 2
+    assert len(found["likeness"]) == 5 and found["action spread"][0] == pytest.approx(1, abs=0.2)
+    text = capsys.readouterr().out
+    for words in ("step 3", "real, physics stock", "marginals", "world model, step", "five Gaussian networks"):
+        assert words in text
+    assert (toy_run / "audit.png").stat().st_size > 20_000
+
+
+def test_an_exact_set_has_no_error(toy_run, monkeypatch):
+    """Rows that are the data themselves get the floor's errors, and their own actions explain them."""
+    parts = audit.load_run(toy_run)
+    real = parts.script.real_transitions(parts.dataset, torch.device("cpu"))[:, None]
+    parts.rollouts, parts.args.horizon = {"rows": real, "valid": torch.ones(real.shape[:2], dtype=torch.bool)}, 0
+    monkeypatch.setattr(audit, "load_run", lambda folder: parts)
+    found = audited(toy_run, pairs=0)
+    exact = found["simulator"]["step 0"]
+    assert exact["state"]["max"] < 1e-5 and exact["falls"]["told"] == exact["falls"]["both"]
+    assert found["action"][0]["its part"]["max"] < 1e-4 and found["likeness"][0]["marginals"] == 1
+
+
+def test_without_a_simulator_the_data_alone_tell(toy_run, monkeypatch, capsys):
+    def no_stepper(*_):
+        raise UserError("it has no state that can be set")
+
+    monkeypatch.setattr(audit, "Stepper", no_stepper)
+    found = audited(toy_run, pairs=0)
+    assert "simulator" not in found and "no simulator: it has no state" in capsys.readouterr().out
+
+
+def test_bad_runs_are_told(toy_run, tmp_path):
+    with pytest.raises(UserError, match="is not the folder of a run"):
+        audit.load_run(tmp_path)
+    content = json.loads((toy_run / "args.json").read_text())
+    (tmp_path / "args.json").write_text(json.dumps(content | {"module": "gone"}))
+    with pytest.raises(UserError, match="was made by gone, which is not here"):
+        audit.load_run(tmp_path)

@@ -1,0 +1,109 @@
+"""experiments/render.py, with sticks: rollouts written here from the simulator itself, and spoilt ones."""
+
+import os
+import sys
+from types import SimpleNamespace
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageSequence
+from toy import ROOT
+
+import dawm_td3bc
+from common import UserError
+from common.evaluation import fall_rule, make_env
+
+sys.path.insert(0, str(ROOT / "experiments"))
+import render
+
+HORIZON, ROLLOUTS, SIZE = 2, 3, 40
+
+
+def true_run(simulator: str) -> SimpleNamespace:
+    """The parts of a run whose rollouts are what the simulator did; sd of the data: 0.5 in each dimension."""
+    env, rng, rows = make_env(simulator, "d4rl").unwrapped, np.random.default_rng(0), []
+    for rollout in range(ROLLOUTS):
+        obs = env.reset(seed=rollout)[0].astype(np.float32)
+        mujoco.mj_resetData(env.model, env.data)
+        env.set_state(np.append(0, obs[: env.model.nq - 1]), obs[env.model.nq - 1 :])
+        for _ in range(HORIZON + 1):
+            action = rng.uniform(-1, 1, env.action_space.shape).astype(np.float32)
+            next_obs, reward, terminated, _, _ = env.step(action.astype(np.float64))
+            assert not terminated
+            rows.append(np.concatenate([obs, action, [reward], next_obs, [0]]).astype(np.float32))
+            obs = next_obs
+    rows = torch.from_numpy(np.stack(rows)).view(ROLLOUTS, HORIZON + 1, -1)
+    low, high = fall_rule(make_env(simulator, "d4rl"))
+    dataset = SimpleNamespace(
+        spec=gym.spec(simulator), physics="d4rl", obs=np.stack([0 * obs, 0 * obs + 1]), healthy_low=low,
+        healthy_high=high, action=np.zeros((2, len(action))), action_low=-1 + 0 * action, action_high=1 + 0 * action,
+    )  # fmt: skip
+    dataset.obs = np.stack([np.zeros(len(obs)), np.ones(len(obs))])
+    return SimpleNamespace(
+        dataset=dataset, rollouts={"rows": rows, "valid": torch.ones(rows.shape[:2], dtype=torch.bool)},
+        args=SimpleNamespace(env_id="x", physics="d4rl"), evaluator=SimpleNamespace(physics="d4rl"), script=dawm_td3bc,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def show(monkeypatch, tmp_path, capsys):
+    """show(parts, ...): the two pictures of each frame of the GIF, and what was printed."""
+
+    def run(parts, **options) -> tuple[list, str]:
+        monkeypatch.setattr(render, "load_run", lambda folder: parts)
+        given = dict(run=tmp_path, renderer="sticks", size=SIZE) | options
+        render.main(render.Args(**given))
+        sheet = render.Sheet(SIZE, "", True)
+        sides = [sheet.pad + side * (SIZE + sheet.pad) for side in (0, 1)]
+        with Image.open(tmp_path / "imagined.gif") as gif:
+            frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(gif)]
+        pictures = [[frame[sheet.top : sheet.top + SIZE, x : x + SIZE] for x in sides] for frame in frames]
+        return pictures, capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize("simulator", ["Hopper-v4", "Walker2d-v4", "HalfCheetah-v4"])
+def test_what_the_simulator_did_is_drawn_twice(simulator, show):
+    pictures, text = show(true_run(simulator))
+    assert len(pictures) == ROLLOUTS * (HORIZON + 2)  # every state of each
+    assert all((left == right).all() for left, right in pictures)
+    assert any((pictures[0][0] != left).any() for left, _ in pictures[1:])  # it moves
+    assert text.count("error by step 0.00 0.00 0.00") == ROLLOUTS
+
+
+def test_a_spoilt_rollout_errs_by_what_was_added(show):
+    """In the second rollout's last state the robot is imagined 0.9 m lower: 1.8 standard deviations in one of 11."""
+    parts = true_run("Hopper-v4")
+    parts.rollouts["rows"][1, 2, -12] -= 0.9  # height in next_obs
+    pictures, text = show(parts, rollout=(1,))
+    assert f"rollout 1: error by step 0.00 0.00 {1.8 / 11**0.5:.2f}\n" in text
+    assert [(left == right).all() for left, right in pictures] == [True, True, True, False]
+    for choice in ("worst", "median", "best"):
+        assert ("rollout 1:" in show(parts, pick=choice, count=1)[1]) == (choice == "worst")
+    columns = [x.numpy() for x in parts.rollouts["rows"][1].split(dawm_td3bc.row_sizes(11, 3), dim=1)]
+    env, rule = make_env("Hopper-v4", "d4rl").unwrapped, (parts.dataset.healthy_low, parts.dataset.healthy_high)
+    found = render.simulate(env, columns, 1, np.full(11, 0.5), rule)
+    assert found.fallen.tolist() == [[False] * 4, [False, False, False, True]]  # below 0.7 m
+    np.testing.assert_allclose(found.reward[0], found.reward[1], rtol=1e-5)
+
+
+def test_refusals(show):
+    with pytest.raises(UserError, match="has 3 rollouts, 0 to 2"):
+        show(true_run("Hopper-v4"), rollout=(3,))
+    with pytest.raises(UserError, match=r"must end in \.gif"):
+        show(true_run("Hopper-v4"), out=ROOT / "x.mp4")
+
+
+def test_without_opengl(monkeypatch, capsys):
+    """Asked for, it is missed in one line; left open, sticks are taken and it is told; one that works is found."""
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    monkeypatch.setattr(render, "TRY_GL", "raise SystemExit(1)")
+    with pytest.raises(UserError, match=r"tried MUJOCO_GL=egl, osmesa, glfw.*apt install libegl1"):
+        render.choose_renderer("gl")
+    assert render.choose_renderer("auto") == "sticks" and "drawing sticks instead" in capsys.readouterr().out
+    monkeypatch.setattr(render, "TRY_GL", "import os; raise SystemExit(os.environ['MUJOCO_GL'] != 'glfw')")
+    assert render.choose_renderer("auto") == "gl" and os.environ["MUJOCO_GL"] == "glfw"
