@@ -1,6 +1,7 @@
 # make demo   install, make the local Hopper data, run DAWM-TD3BC at laptop scale, print the score
 # make test   install, lint, test
 # make test-faults  kills, damage and full disks, as often as docs/reliability.md states; an hour
+# make walkthrough  make and execute docs/walkthrough.ipynb; two minutes
 # make peers  install d3rlpy into an environment of its own, for experiments/peers.sh and benchmarks/speed.py
 # Another interpreter: make demo PYTHON=python3.12
 
@@ -8,7 +9,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-faults peers clean
+.PHONY: demo test test-faults walkthrough peers clean
 
 demo: $(VENV)/.run-installed
 	$(BIN)/python dawm_td3bc.py --env-id local/hopper/medium-v0 --laptop
@@ -20,6 +21,11 @@ test: $(VENV)/.dev-installed
 
 test-faults: $(VENV)/.dev-installed
 	$(BIN)/python -m pytest tests/faults --full
+
+walkthrough: $(VENV)/.dev-installed
+	$(BIN)/python -c "from common.data import load_dataset; load_dataset('local/hopper/medium-v0')"
+	$(BIN)/jupytext --update --to ipynb docs/walkthrough.py
+	$(BIN)/jupyter-execute --inplace docs/walkthrough.ipynb
 
 # d3rlpy pins gymnasium 1.0.0, so it cannot share our environment.
 peers: .venv-peers/bin/python

@@ -504,7 +504,7 @@ def sample_rollouts(
             x0 = (x - (1 - alpha_bar[k]).sqrt().item() * prediction) / alpha_bar[k].sqrt().item()
         x0 = world_model.pin(x0.clamp(units.low, units.high), known)
         std = args.sampling_temperature * std  # scales std, not variance [DWM]; 0 at the last step
-        x = weight_x0 * x0 + weight_x_k * x + std * torch.randn_like(x)
+        x = weight_x0 * x0 + weight_x_k * x + std * torch.randn(x.shape, device=x.device)
     tokens = units.denormalize(x)
     return torch.cat([obs[:, None], tokens[:, 1:, :-1]], dim=1), tokens[:, :-1, -1]
 

@@ -505,7 +505,7 @@ def sample_rollouts(
             x0 = (x - (1 - alpha_bar[k]).sqrt().item() * prediction) / alpha_bar[k].sqrt().item()
         x0 = world_model.pin(x0.clamp(units.low, units.high), known)
         std = args.sampling_temperature * std  # scales std, not variance [DWM]; 0 at the last step
-        x = weight_x0 * x0 + weight_x_k * x + std * torch.randn_like(x)
+        x = weight_x0 * x0 + weight_x_k * x + std * torch.randn(x.shape, device=x.device)
     rollout = units.denormalize(x)
     rollout[:, 0, :-1] = pair
     return rollout[..., : world_model.obs_dim], rollout[:, :-1, world_model.obs_dim : -1], rollout[:, :-1, -1]
