@@ -35,8 +35,11 @@ class Run:
     The key hashes arguments, data and code: an unfinished folder with the same key is taken, and the run goes on there.
     """
 
-    def __init__(self, args):
-        """UserError for what cannot work on this machine; the folder is made by `open`."""
+    def __init__(self, args, reading: bool = False):
+        """UserError for what cannot work on this machine; the folder is made by `open`.
+
+        `reading`: a finished run that is loaded; everything is found, nothing is written.
+        """
         self.args, self.started = args, time.monotonic()
         self.stages: dict[str, tuple[float, str]] = {}  # for the closing table: seconds and rate
         self.before = self.elsewhere = 0.0  # seconds of parts before an interruption; that `timed` took from a stage
@@ -46,7 +49,7 @@ class Run:
         self.kept: dict[str, str] = {}  # stage -> its result's file
         self.last_checkpoint: Path | None = None
         self.bounds: dict[str, float] = {}  # metric -> the absolute value above which a warning is due, once
-        self.reading = False  # a finished run that is loaded: everything is found, nothing is written
+        self.reading = reading
         self.device = _select_device(args)
         if args.threads:
             torch.set_num_threads(args.threads)
@@ -57,7 +60,8 @@ class Run:
         args.exp_name = args.exp_name or Path(sys.modules[type(args).__module__].__file__).stem
         if "/" in args.exp_name or len(args.exp_name.encode(errors="replace")) > 100:
             raise UserError(f"--exp-name {args.exp_name[:40]!r}... names a folder; use up to 100 letters and no slash")
-        for flag, place in (("--run-dir", args.run_dir), ("--stage-dir", args.stage_dir)):
+        places = {} if reading else {"--run-dir": args.run_dir, "--stage-dir": args.stage_dir}
+        for flag, place in places.items():
             try:
                 place.mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=place).close()
@@ -79,8 +83,8 @@ class Run:
             args.device = "auto"
         args.run_dir, args.stage_dir = folder.parent, Path(content["cwd"], args.stage_dir)
         args.data_path = args.data_path and Path(content["cwd"], args.data_path)
-        run = cls(args)
-        run.reading, run.folder, run.content, run.made_on = True, folder, content, content["hardware"]["made_on"]
+        run = cls(args, reading=True)
+        run.folder, run.content, run.made_on = folder, content, content["hardware"]["made_on"]
         return run
 
     def open(self, dataset, evaluator, **constants) -> None:

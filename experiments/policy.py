@@ -24,6 +24,7 @@ import torch
 import tyro
 from gymnasium.envs.mujoco import MujocoEnv
 from PIL import Image, ImageDraw
+from render import View, capsules, choose_renderer, draw_sticks, write_gif
 from run_folders import read_args
 from tqdm import tqdm
 
@@ -102,8 +103,6 @@ def row(name: str, returns: np.ndarray, evaluator: Evaluator) -> str:
 
 def show(parts: SimpleNamespace, physics: str, seed: int, path: Path) -> None:
     """One episode as a GIF, in real time; the last frame is its end where that lies within the GIF's length."""
-    from render import choose_renderer, write_gif
-
     spec = copy.deepcopy(parts.dataset.spec)
     robot, sticks = parts.evaluator.envs[0].unwrapped, False
     if isinstance(robot, MujocoEnv):
@@ -119,7 +118,7 @@ def show(parts: SimpleNamespace, physics: str, seed: int, path: Path) -> None:
     every = max(1, round(MILLISECONDS * rate / 1000))
 
     def picture() -> None:
-        image = draw_sticks(evaluator.envs[0].unwrapped) if sticks else rendered(evaluator.envs[0])
+        image = stick_figure(evaluator.envs[0].unwrapped) if sticks else rendered(evaluator.envs[0])
         text = f"{parts.args.exp_name} on {parts.args.env_id}\n{steps / rate:.1f} s"
         ImageDraw.Draw(image).text((6, 4), text, "black", font_size=12, stroke_width=1, stroke_fill="white")
         frames.append(image)
@@ -142,16 +141,13 @@ def rendered(env: gym.Env) -> Image.Image:
     try:
         image = Image.fromarray(env.render())
     except Exception as error:  # of gymnasium's, pygame's, OpenGL's or of the environment's own code
-        raise UserError(f"--gif: {described(env.spec)} gives no picture ({type(error).__name__}: {one_line(error)})")
+        raise UserError(f"--gif: {env.spec.id} gives no picture ({type(error).__name__}: {one_line(error)})")
     return image.resize((SIZE, round(SIZE * image.height / image.width)))
 
 
-def draw_sticks(robot: gym.Env) -> Image.Image:
-    from render import View, capsules
-    from render import draw_sticks as draw
-
+def stick_figure(robot: gym.Env) -> Image.Image:
     shown = capsules(robot.model, mujoco.MjData(robot.model), robot.data.qpos)
-    return draw(View(2 * SIZE, 3.0, robot.data.qpos[0]), shown).reduce(2)
+    return draw_sticks(View(2 * SIZE, 3.0, robot.data.qpos[0]), shown).reduce(2)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""The mathematics of the home script, on a linear system whose dynamics and inverse are known exactly."""
+"""dawm_td3bc.py: its mathematics on a linear system whose dynamics and inverse are known exactly; its command line."""
 
+import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from toy import TINY, linear_dataset
+from toy import ROOT, TINY, TOY, child, hopper_arguments, hopper_run, linear_dataset, new_run, refusal
 
 import dawm_td3bc as script
 from common import UserError
@@ -13,9 +16,24 @@ from common import UserError
 CPU = torch.device("cpu")
 
 
+@pytest.fixture
+def double():
+    """What must be equal is so to the rounding of float64, on any machine."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 def windows_of(dataset, **changes):
     args = script.Args(**TINY | dict(model_horizon=7, horizon=3) | changes)
-    return args, script.Windows(args, dataset, CPU)
+    windows = script.Windows(args, dataset, CPU)
+    for name, value in vars(windows).items():
+        if torch.is_tensor(value) and value.is_floating_point():
+            setattr(windows, name, value.to(torch.get_default_dtype()))
+    return args, windows
+
+
+# ---- Sections 2 and 3, and what is by hand in 4 to 6
 
 
 def test_schedule_and_noise():
@@ -129,6 +147,7 @@ def test_mark_ends_by_hand():
     assert not script.mark_ends(args, windows, obs, reward)[0].any()
 
 
+@torch.no_grad()
 def test_targets_and_losses_by_hand():
     args = script.Args(**TINY, policy_noise=0.0)
     agent = script.TD3BC(args, torch.randn(100, 2), 2).double()
@@ -152,3 +171,372 @@ def test_too_long_a_horizon_is_refused():
         UserError, match="--model-horizon 40 needs 41 transitions in a row, but the longest episode has 30"
     ):
         windows_of(linear_dataset(), model_horizon=40)
+
+
+# ---- Section 3: the network and the sampler
+
+
+def test_parameter_counts():
+    """[DD code]'s network with an action embedding, counted layer by layer: 60,717,580 Hopper, 60,723,346 Walker2d."""
+    with torch.device("meta"):
+        networks = [script.TemporalUNet(c, a, 128, (1, 4, 8)) for c, a in ((12, 3), (18, 6))]
+        networks += [script.InverseDynamics(script.Args(), torch.empty(10, 11), 3)]
+        networks += [net(torch.empty(11), torch.empty(11), 3) for net in (script.Actor, script.Critic)]
+    counts = [sum(parameter.numel() for parameter in network.parameters()) for network in networks]
+    assert counts == [60_717_580, 60_723_346, 2_174_982, 69_635, 69_889]
+
+
+@pytest.mark.parametrize("multipliers", [(1,), (1, 2), (1, 2, 4)])
+def test_the_network_keeps_any_length_and_sees_the_action_but_no_dropped_return(multipliers):
+    network = script.TemporalUNet(5, 2, 8, multipliers)
+    k, action, ones = torch.tensor([1, 2, 3]), torch.randn(3, 2), torch.ones(3, 1)
+    for length in (3, 5, 9):
+        x = torch.randn(3, length, 5)
+        y = network(x, k, action, ones, 0 * ones)
+        assert y.shape == x.shape and torch.equal(y, network(x, k, action, -ones, 0 * ones))
+        assert not torch.equal(network(x, k, action, ones, ones), network(x, k, action, -ones, ones))
+        assert not torch.equal(y, network(x, k, -action, ones, 0 * ones))
+
+
+class Oracle(torch.nn.Module):
+    """Returns the exact noise (or x0) for one known clean window, whatever the condition."""
+
+    def __init__(self, prediction, x0):
+        super().__init__()
+        self.prediction, self.x0, self.alpha_bar = prediction, x0, script.cosine_alpha_bar(5)
+
+    def forward(self, x_k, k, *_):
+        if self.prediction == "x0":
+            return self.x0.expand_as(x_k)
+        alpha_bar = self.alpha_bar[k][:, None, None]
+        return (x_k - alpha_bar.sqrt() * self.x0) / (1 - alpha_bar).sqrt()
+
+
+@pytest.mark.parametrize("prediction", ["noise", "x0"])
+@pytest.mark.parametrize("sampling_steps", [1, 2, 3, 5])
+def test_a_sampler_with_an_oracle_returns_its_window(double, prediction, sampling_steps):
+    """The last denoising step outputs x0 itself, so any N must end at the oracle's window."""
+    args, windows = windows_of(linear_dataset(), prediction=prediction, sampling_steps=sampling_steps)
+    model, rows = script.WorldModel(args, windows).double(), windows.rows(torch.tensor([4]))
+    x0 = model.units.normalize(torch.cat([windows.obs[rows], windows.reward[rows][..., None]], dim=-1))
+    x0[:, -1, -1] = 0
+    model.denoiser = Oracle(prediction, x0)
+    obs, reward = script.sample_rollouts(args, model, windows.obs[rows][:, 0], windows.action[4:5], torch.zeros(1, 1))
+    assert (obs - windows.obs[rows]).abs().max() < 1e-9 and (reward - windows.reward[rows][:, :-1]).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1.7])
+def test_guidance(double, scale):
+    """Scale 1 is the conditional prediction, 0 the unconditional one; one batch of both equals two calls.
+
+    With one denoising step the sample is a function of one prediction.
+    """
+    args, windows = windows_of(linear_dataset(), diffusion_steps=1, sampling_steps=1, guidance_scale=scale)
+    model, obs, action, ones = (
+        script.WorldModel(args, windows).double(),
+        windows.obs[:5],
+        windows.action[:5],
+        torch.ones,
+    )
+    torch.manual_seed(3)
+    sampled, _ = script.sample_rollouts(args, model, obs, action, ones(5, 1))
+    torch.manual_seed(3)
+    known = torch.zeros(5, 9, 3)
+    known[:, 0] = model.units.normalize(torch.nn.functional.pad(obs, (0, 1)))
+    x = model.pin(torch.randn(5, 9, 3), known)
+    with torch.no_grad():
+        uncond, cond = (model.denoiser(x, ones(5).long(), action, ones(5, 1), keep * ones(5, 1)) for keep in (0, 1))
+    alpha_bar = float(script.cosine_alpha_bar(1)[1])
+    x0 = (x - math.sqrt(1 - alpha_bar) * ((1 - scale) * uncond + scale * cond)) / math.sqrt(alpha_bar)
+    expected = model.units.denormalize(x0)[:, 1:, :2]
+    assert (sampled[:, 1:] - expected).abs().max() < 1e-9
+
+
+def test_the_first_state_is_pinned_in_every_network_call_and_known_places_get_no_gradient():
+    args, windows = windows_of(linear_dataset())
+    model, seen = script.WorldModel(args, windows), []
+    model.denoiser.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    obs = windows.obs[:50] + 0.0123
+    script.sample_rollouts(args, model, obs, windows.action[:50], torch.ones(50, 1))
+    known = model.units.normalize(torch.nn.functional.pad(obs, (0, 1)))[:, :2]
+    assert len(seen) == 3
+    assert all(torch.equal(x[:, 0, :2], torch.cat([known, known])) and (x[:, -1, -1] == 0).all() for x in seen)
+    output = torch.randn(6, 9, 3, requires_grad=True)
+    model.loss(lambda *_: output, torch.randn(6, 9, 3), None, None, None).backward()
+    assert torch.equal(output.grad != 0, model.generated.bool().expand(6, 9, 3))
+
+
+@pytest.mark.parametrize("prediction", ["noise", "x0"])
+def test_the_world_model_learns_known_dynamics(tmp_path, prediction):
+    """After one real action, s' = 0.9 s + 0.3 a is certain; an untrained model misses by about one deviation."""
+    changes = dict(world_model_steps=300, world_model_lr=3e-3, ema_decay=0.9, ema_start=0, model_horizon=2, horizon=2)
+    args, windows = windows_of(linear_dataset(episodes=100), prediction=prediction, **changes)
+    model = script.train_world_model(args, windows, new_run(tmp_path))
+    index = torch.arange(0, 2000, 7)
+    obs, action = windows.obs[windows.start[index]], windows.action[index]
+    found, reward = script.sample_rollouts(args, model, obs, action, windows.return_to_go[index, None])
+    assert ((found[:, 1] - (0.9 * obs + 0.3 * action)) / windows.obs.std(0)).abs().mean() < 0.4
+    assert ((reward[:, 0] - obs[:, 0]) / windows.reward.std()).abs().mean() < 0.4
+
+
+# ---- Section 4: inverse dynamics
+
+
+def test_inverse_dynamics_learns_the_known_inverse(tmp_path):
+    args, windows = windows_of(
+        linear_dataset(episodes=100), idm_steps=500, idm_batch_size=256, idm_width=64, idm_lr=3e-3
+    )
+    inverse_dynamics = script.train_inverse_dynamics(args, windows, new_run(tmp_path))
+    row = windows.start[1:20]
+    triples = torch.cat([windows.obs[row - 1], windows.obs[row], windows.obs[row + 1]], dim=1)
+    assert (inverse_dynamics(triples) - windows.action[1:20]).abs().mean() < 0.1
+
+
+def test_inverse_dynamics_returns_an_earlier_best(tmp_path, monkeypatch):
+    """Held-out losses of 0.1, then 5 and more: the weights of the first check come back."""
+    args, windows = windows_of(linear_dataset(episodes=30), idm_steps=40, idm_width=32, log_every=10)
+    losses, weights, run = iter([0.1, 5.0, 6.0, 7.0]), [], new_run(tmp_path)
+    log, load = run.log, script.InverseDynamics.load_state_dict
+
+    def log_another_loss(step, values):
+        if "idm/val_loss" in values:
+            values["idm/val_loss"].fill_(next(losses))  # in place: what the script compares next
+        log(step, values)
+
+    def load_and_keep(module, state):
+        weights.append({name: tensor.clone() for name, tensor in state.items()})
+        return load(module, state)
+
+    monkeypatch.setattr(run, "log", log_another_loss)
+    monkeypatch.setattr(script.InverseDynamics, "load_state_dict", load_and_keep)
+    model = script.train_inverse_dynamics(args, windows, run)
+    assert len(weights) == 1 and all(torch.equal(x, weights[0][name]) for name, x in model.state_dict().items())
+
+
+def test_the_spreads_dropout_is_drawn_first():
+    """The order of the random numbers, on which every published figure depends."""
+    model = script.InverseDynamics(script.Args(idm_width=64, idm_dropout=0.5), torch.randn(50, 2), 2)
+    triples = torch.randn(20, 6)
+    torch.manual_seed(1)
+    mean, log_std = model.gaussian(triples)
+    torch.manual_seed(1)
+    states = (triples - model.obs_mean) / model.obs_std
+    first, second = model.log_std(states), model.mean(states)
+    assert torch.equal(log_std, -1.5 + 3.5 * torch.tanh(first)) and torch.equal(mean, second)
+
+
+# ---- Section 5: synthesis
+
+
+def known_inverse(triples):
+    """a = (s' - 0.9 s) / 0.3 of the triple (past, s, s')."""
+    return (triples[..., 4:6] - 0.9 * triples[..., 2:4]) / 0.3
+
+
+def test_rollouts_are_complete_transitions(double):
+    args, windows = windows_of(linear_dataset(), termination="none")
+    model = script.WorldModel(args, windows).double()
+    rows, valid = script.complete_rollouts(args, windows, model, known_inverse, torch.arange(20))
+    obs, action, reward, next_obs, terminated = rows.split(script.row_sizes(2, 2), dim=-1)
+    assert rows.shape == (20, 4, 8) and valid.all() and not terminated.any() and reward.std() > 0
+    assert torch.equal(obs[:, 0], windows.obs[windows.start[:20]]) and torch.equal(action[:, 0], windows.action[:20])
+    assert torch.equal(obs[:, 1:], next_obs[:, :-1])
+    assert (next_obs[:, 1:] - (0.9 * obs[:, 1:] + 0.3 * action[:, 1:])).abs().max() < 1e-12
+
+
+def test_a_smaller_horizon_takes_the_first_steps_of_the_same_rollouts():
+    """One world model of horizon 7: under the same noise, horizon 3 keeps the first 4 of its 8 transitions."""
+    rows = {}
+    for horizon in (7, 3):
+        args, windows = windows_of(linear_dataset(), horizon=horizon, termination="none")
+        torch.manual_seed(0)
+        model = script.WorldModel(args, windows)
+        rows[horizon], _ = script.complete_rollouts(args, windows, model, known_inverse, torch.arange(20))
+    assert rows[7].shape == (20, 8, 8) and torch.equal(rows[3], rows[7][:, :4])
+
+
+@pytest.mark.parametrize("target", [0.4, "own", None])
+def test_the_return_asked_for_is_one_for_all_or_each_pairs_own(monkeypatch, target):
+    asked = []
+    monkeypatch.setattr(script, "sample_rollouts", lambda *inputs: asked.append(inputs[-1]))
+    args, windows = windows_of(linear_dataset(), target_return=target)
+    script.imagine(args, windows, None, torch.arange(5))
+    expected = windows.return_to_go[:5, None] if target == "own" else torch.full((5, 1), target or 0.7)
+    assert torch.equal(asked[0], expected)
+
+
+def test_nothing_counts_as_an_end_where_no_window_showed_one():
+    _, windows = windows_of(linear_dataset())
+    assert not windows.is_over(torch.tensor([-1e9, 0.0])).any()
+    assert windows.reward.min() == windows.reward[windows.start].min()  # nor does a made-up reward widen the units
+
+
+def test_a_short_rollout_still_hears_the_sign_of_the_step_after_it():
+    """Horizon 1 of a model of 7: the reward of step 2 is not part of the rollout and tells that step 1 was the last."""
+    args, windows = windows_of(linear_dataset(terminated=True), horizon=1)
+    reward = torch.tensor([[0.1, 0.2, windows.end_reward, *[0.1] * 5]])
+    terminated, _, valid = script.mark_ends(args, windows, torch.zeros(1, 9, 2), reward)
+    assert terminated.tolist() == [[False, True]] and valid.tolist() == [[True, True]]
+
+
+# ---- Section 6: the agent
+
+
+def agent_of(**changes):
+    agent = script.TD3BC(script.Args(**changes), torch.randn(100, 11) * 3 + 1, 3)
+    rows = torch.randn(64, 27)
+    rows[:, 11:14], rows[:, -1] = rows[:, 11:14].clamp(-1, 1), (rows[:, -1] > 0.5).float()
+    return agent, rows
+
+
+def test_target_noise_is_clipped_and_so_is_the_action():
+    agent, _ = agent_of(policy_noise=100.0)
+    seen = []
+    agent.qf1_target.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+    for place in (0.0, 1.0):
+        agent.actor_target.forward = lambda obs, place=place: torch.full((len(obs), 3), place)
+        agent.td_target(torch.zeros(50), torch.zeros(50, 11), torch.zeros(50))
+    assert seen[0].abs().max() == 0.5 and seen[-1].max() == 1
+
+
+def test_an_update_moves_critics_alone_and_every_nth_time_actor_and_targets_too():
+    agent, rows = agent_of()
+    state = {name: p.clone() for name, p in agent.named_parameters()}
+    agent.update(rows, update_actor=False)
+    moved = {name.split(".")[0] for name, p in agent.named_parameters() if not torch.equal(p, state[name])}
+    assert moved == {"qf1", "qf2"}
+    state = {name: p.clone() for name, p in agent.named_parameters()}
+    agent.update(rows, update_actor=True)
+    for name in ("actor", "qf1", "qf2"):
+        for key, now in getattr(agent, f"{name}_target").named_parameters():
+            expected = torch.lerp(state[f"{name}_target.{key}"], getattr(agent, name).get_parameter(key), 0.005)
+            assert (now - expected).abs().max() <= 2 * torch.finfo(torch.float32).eps * expected.abs().max()
+    agent.qf_optimizer.zero_grad()
+    agent.actor_loss(rows[:, :11], rows[:, 11:14])[0].backward(inputs=agent.actor_parameters)
+    assert all(p.grad is None for p in agent.qf_parameters)
+
+
+def test_networks_carry_the_statistics_of_the_real_observations():
+    obs = torch.randn(500, 11) * 3 + 1
+    agent = script.TD3BC(script.Args(), obs, 3)
+    for net in (agent.actor, agent.qf1, agent.qf2_target):
+        assert torch.equal(net.obs_mean, obs.mean(0)) and torch.equal(
+            net.obs_std, obs.std(0) + 1e-3
+        )  # TD3+BC's epsilon
+
+
+@pytest.mark.parametrize("fraction, expected", [(0.0, 0), (0.25, 16), (1.0, 64)])
+def test_batches_mix_by_the_fraction(fraction, expected):
+    args = script.Args(synthetic_fraction=fraction, agent_batch_size=64)
+    rows = script.draw_batch(args, torch.zeros(10, 5), torch.ones(20, 5))
+    assert rows.shape == (64, 5) and rows[:, 0].sum() == expected
+
+
+def test_online_updates_follow_algorithm_2(tmp_path, monkeypatch):
+    """One batch for each h of fresh rollouts; the actor follows all H+1 of every second iteration, as printed."""
+    args, dataset = (
+        script.Args(**TINY, synthesis="online", horizon=2, agent_updates=12, eval_every=100),
+        linear_dataset(),
+    )
+    made, seen = [], []
+
+    def complete(pairs):
+        made.append(len(made) + 1)
+        rows = torch.full((4, 3, 8), 10.0 * made[-1]) + torch.arange(3)[:, None]
+        return rows, torch.tensor([[True, True, False]] * 4)
+
+    def update(agent, batch, update_actor):
+        seen.append((float(batch[0, 0]), len(batch), update_actor))
+        return {}
+
+    monkeypatch.setattr(script.TD3BC, "update", update)
+    monkeypatch.setattr(script, "evaluate", lambda *_: None)
+    script.train_agent(args, dataset, None, complete, None, new_run(tmp_path))
+    assert made == [1, 2, 3, 4]
+    assert seen == [(10.0 * i + h, 4, i % 2 == 0) for i in (1, 2, 3, 4) for h in (0, 1)]
+
+
+# ---- The command line
+
+
+def loaded_again(folder) -> None:
+    """Prints what a process that has only the folder finds: the final return, and whether the models are the same."""
+    parts = script.load_run(folder)
+    args, kept = parts.args, parts.rollouts
+    with torch.no_grad():
+        returns = parts.evaluator(lambda obs: parts.actor(torch.as_tensor(obs)).numpy(), seed=args.seed + 100)
+    parts.run.seed("synthesis", args.synthesis_seed)
+    pairs = torch.randperm(len(parts.windows.action))[: args.synthesis_batch_size]
+    rows, valid = parts.complete(pairs)
+    same = torch.equal(rows, kept["rows"][: len(pairs)]) and torch.equal(valid, kept["valid"][: len(pairs)])
+    print(f"{float(returns.mean())!r} {same}")
+
+
+def test_from_the_command_line_to_a_run_that_is_loaded_in_another_process(toy):
+    arguments = map(str, hopper_arguments(toy, *TOY, "--exp-name", "alone"))
+    result = subprocess.run([sys.executable, "dawm_td3bc.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "not the published hopper-medium-v2 file" in result.stdout and "\nfinal " in result.stdout
+    (folder,) = (toy / "runs").glob("*__alone__*")
+    files = {"args.json", "metrics.jsonl", "summary.txt", "curves.png", "agent.safetensors", "stages.json"}
+    assert files <= {path.name for path in folder.iterdir()}
+    facts = json.loads((folder / "args.json").read_text())
+    assert facts["data"]["sha256"] and facts["versions"]["torch"] and facts["args"]["unet_width"] == 8
+    stages = json.loads((folder / "stages.json").read_text())
+    assert list(stages) == ["world model", "inverse dynamics", "synthesize", "agent"]
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    values = {name: value for line in metrics for name, value in line.items()}
+    names = {"world_model/loss", "world_model/val_loss", "idm/val_mse", "synthesis/transitions", "agent/qf_loss"}
+    assert names | {"agent/actor_loss", "eval/normalized_score"} <= values.keys()
+    child(loaded_again, folder, log=toy / "loaded").join()
+    assert (toy / "loaded").read_text().splitlines()[-1] == f"{values['eval/episodic_return']!r} True"
+
+
+def test_control_and_online_mode(toy):
+    text = hopper_run("dawm_td3bc", toy, *TOY, "--synthetic-fraction", "0")
+    assert "no world model, no inverse dynamics, the agent on the real data" in text and "world model  " not in text
+    text = hopper_run("dawm_td3bc", toy, *TOY, "--synthesis", "online", "--termination", "none")
+    assert "\nworld model " in text and "synthesize" not in text and "\nfinal " in text
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--env-id hoper-medium-v2", "unknown --env-id 'hoper-medium-v2'; nearest known: hopper-medium-v2"),
+        ("--sampling-steps 6", "--sampling-steps 6 is above --diffusion-steps 5"),
+        ("--synthetic-fraction 1.5", "--synthetic-fraction 1.5 lies outside [0, 1]"),
+        ("--synthesis online --synthetic-fraction 0.5", "--synthesis online draws from all pairs"),
+        ("--idm-holdout 0", "--idm-holdout 0.0 lies outside [0.001, 0.9]"),
+        ("--horizon 0", "--horizon 0 must be 1 or more"),
+        ("--horizon 9", "--horizon 9 is above --model-horizon 7"),
+        ("--gamma nan", "--gamma nan lies outside [0, 1]"),
+        ("--gama 0.9", "Unrecognized options: --gama, 0.9; perhaps --gamma; --help lists all arguments"),
+        ("--gamma high", "Error parsing --gamma: could not convert string to float: 'high'"),
+        ("--prediction x1", "invalid choice 'x1' for argument '--prediction'. Expected one of ('noise', 'x0')"),
+        ("--target-return inf", "--target-return inf lies outside [-100, 100]"),
+        ("--unet-width 12", "--unet-width 12 must be 8, 16"),
+        ("--exp-name a/b", "--exp-name 'a/b'... names a folder"),
+        ("--tf32 --device cpu", "--tf32 changes what a GPU computes, and this run is on the CPU; leave it out"),
+        ("--device cuda", "--device cuda, but torch sees no CUDA device"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(arguments, message, monkeypatch, capsys, folders):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert message in refusal(script, arguments.split(), folders, capsys, monkeypatch)
+
+
+def test_a_place_that_cannot_be_written_is_told_first(monkeypatch, capsys, folders):
+    monkeypatch.setattr("toy.folders_below", lambda path: ["--run-dir", "/dev/null/runs"])
+    assert "--run-dir /dev/null/runs cannot be written (" in refusal(script, [], folders, capsys, monkeypatch)
+
+
+def test_laptop_defaults_yield_to_flags_and_help_tells_the_method(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(sys, "argv", ["dawm_td3bc.py", "--laptop", "--idm-steps", "7"])
+    script.run_script(seen.append, script.Args, script.LAPTOP)
+    assert seen == [script.Args(**{**script.LAPTOP, "laptop": True, "idm_steps": 7})]
+    monkeypatch.setattr(sys, "argv", ["dawm_td3bc.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        script.run_script(script.main, script.Args, script.LAPTOP)
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and text.startswith(script.__doc__) and "--idm-steps" in text

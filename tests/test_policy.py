@@ -1,4 +1,4 @@
-"""experiments/policy.py: the policy of every learner's toy run, beside the numbers that the run itself has logged."""
+"""experiments/policy.py on every learner's toy run, beside what the run itself has logged; a run's closing picture."""
 
 import json
 import re
@@ -11,11 +11,13 @@ from types import SimpleNamespace
 import gymnasium as gym
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from test_own_data import record
 from toy import TOY, TOY_AGENT, TOY_IDM, TOY_WORLD_MODEL, child, folders_below, hopper_run, run
 
 from common.evaluation import Evaluator, normalized_score
+from common.run import Run
 
 LEARNERS = {
     "dawm_td3bc": TOY,
@@ -147,3 +149,25 @@ def test_bad_input_is_one_line_and_code_2(words, message, made, tmp_path):
     places = {"RUN": run_folder} | {name: tmp_path / name for name in ("FOREIGN", "UNFINISHED")}
     result = policy(tmp_path, *(places.get(word, word) for word in words.split()))
     assert result.code == 2 and message in result.text and result.text.count("\n") == 1, result.text
+
+
+def test_the_closing_picture_and_words_compare_with_the_data(tmp_path, monkeypatch):
+    """Runs of tests draw none: this one does. The words by hand: 90 - 100, and the last std."""
+    history = {"eval/episodic_return": [(5, 80.0), (10, 90.0)], "eval/episodic_return_std": [(5, 8.0), (10, 9.0)]}
+    history |= {
+        "idm/loss": [(1, 2.0), (2, 1.0)],
+        "idm/val_loss": [(1, 3.0), (2, 2.0)],
+        "time/rate": [(1, 1.0), (2, 1.0)],
+    }
+    closing = Run.__new__(Run)
+    closing.folder, closing.history, closing.content = tmp_path, history, {"data": {"mean_return": 100.0}}
+    closing.args = SimpleNamespace(exp_name="method", env_id="data/set-v0", seed=3, eval_episodes=7)
+    assert closing._verdict() == {"final is": "10.0 below the data's own mean return; episodes vary by 9.0 (std)"}
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: drawn.append(figure))
+    closing._plot()
+    score, loss = drawn[0].axes
+    assert drawn[0].get_suptitle() == "method on data/set-v0, seed 3" and loss.get_title() == "idm/loss"
+    assert [text.get_text() for text in loss.get_legend().get_texts()] == ["training", "held out"]
+    labels = {text.get_text() for text in score.get_legend().get_texts()}
+    assert labels == {"the policy: 90.0 at the end", "mean of the data's episodes: 100.0"}

@@ -92,7 +92,8 @@ def test_every_cited_key_stands_in_the_header(script):
 @pytest.mark.parametrize("script", [*SCRIPTS, ROOT / "common" / "cli.py"], ids=lambda p: p.name)
 def test_every_argument_is_documented_and_read(script):
     lines = script.read_text().splitlines()
-    text = "\n".join(lines) + "".join(path.read_text() for path in [*COMMON, *SCRIPTS])
+    readers = [script, *COMMON] if script in SCRIPTS else [*COMMON, *SCRIPTS]
+    text = "".join(path.read_text() for path in readers)
     (args,) = [n for n in ast.parse("\n".join(lines)).body if getattr(n, "name", "") in ("Args", "RunArgs")]
     for field in args.body:
         if not isinstance(field, ast.AnnAssign):
@@ -108,23 +109,27 @@ def test_importing_a_script_runs_nothing_and_ends_in_run_script(script):
     assert isinstance(last, ast.If) and "__main__" in ast.unparse(last.test)
 
 
-DOWNWARDS = ["files", "cli", "stages", "run"]
+DOWNWARDS = ["files", "cli", "stages", "run", "fast", "evaluation", "data", "export"]
+
+
+def imports_of(path: Path) -> set[str]:
+    nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Import | ast.ImportFrom)]
+    return {f"{n.module}.{x.name}" if isinstance(n, ast.ImportFrom) else x.name for n in nodes for x in n.names}
 
 
 @pytest.mark.parametrize("path", COMMON, ids=lambda p: p.name)
 def test_common_holds_no_method_and_imports_downwards(path):
-    imports = {
-        alias.name if isinstance(node, ast.Import) else f"{node.module}.{alias.name}"
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Import | ast.ImportFrom)
-        for alias in node.names
-    }
-    own = {name.split(".")[1] for name in imports if name.startswith("common.")} - {"UserError"}
-    assert not {name.split(".")[0] for name in imports} & {"baselines", "variants", *(s.stem for s in SCRIPTS)}
-    if path.stem in DOWNWARDS:
-        assert own <= set(DOWNWARDS[: DOWNWARDS.index(path.stem)]), own
-    assert not {name for name in imports if name.startswith("torch.optim")}
+    own = {name.split(".")[1] for name in imports_of(path) if name.startswith("common.")} - {"UserError"}
+    assert not own or own <= set(DOWNWARDS[: DOWNWARDS.index(path.stem)]), own
+    assert not {name for name in imports_of(path) if name.startswith("torch.optim")}
     assert path.stem == "fast" or not re.search(r"\bnn\.(Linear|Conv1d|Sequential)", path.read_text())
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, *COMMON], ids=lambda p: p.name)
+def test_no_code_of_a_script_is_imported(path):
+    """What a script shares with another stands in it as a marked copy."""
+    others = {"baselines", "variants", "experiments", "benchmarks", "tests", *(script.stem for script in SCRIPTS)}
+    assert not {name.split(".")[0] for name in imports_of(path)} & others
 
 
 def test_no_pickle_is_ever_loaded():

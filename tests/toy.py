@@ -1,4 +1,4 @@
-"""Small data, and short runs of the scripts in children of one warm process: starting Python costs more than they."""
+"""Small data, and short runs of the scripts in children of one warm process, since starting Python takes longer."""
 
 import importlib
 import multiprocessing

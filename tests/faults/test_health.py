@@ -84,4 +84,4 @@ def test_a_run_that_diverges_stops_at_the_next_log_step(tmp_path):
     kept = list((tmp_path / "runs").rglob("*.pt"))
     assert kept and all(int(path.stem) < 50 for path in kept)
     assert finish(run_script, *line, log=tmp_path / "again") == 0
-    assert re.search(r"agent +goes on at [1-4]?\d of 120", (tmp_path / "again").read_text())
+    assert re.search(r"agent +goes on at [1-4]?\d of 60", (tmp_path / "again").read_text())

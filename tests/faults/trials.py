@@ -1,11 +1,12 @@
 """Runs of all commands, and stages of a few steps, for children that are killed, signalled and compared."""
 
 import json
+import math
 import os
-import random
 import signal
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,9 +19,9 @@ from common.cli import Signals
 
 KILL, TERM, USR1, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
 
-SMALL = "--unet-width 8 --world-model-steps 120".split()
+SMALL = "--unet-width 8 --world-model-steps 60".split()
 IDM = "--idm-steps 120 --idm-width 16".split()
-AGENT = "--agent-updates 120 --eval-every 60 --eval-episodes 2".split()
+AGENT = "--agent-updates 60 --eval-every 30 --eval-episodes 1".split()
 ROLLOUTS = "--synthesis-batch-size 32".split()
 ONLINE = "--synthesis online --agent-updates 24 --eval-every 12 --agent-batch-size 16".split()
 # Every command, with every stage that it has.
@@ -32,7 +33,10 @@ COMMANDS = {
     "dwm_baseline-iql": ("dwm_baseline", [*SMALL, *AGENT, "--agent", "iql", "--rollouts", "online"]),
     "ssorl-td3bc": ("baselines.ssorl", [*IDM, *AGENT, "--label-fraction", "0.3"]),
     "ssorl-iql": ("baselines.ssorl", [*IDM, *AGENT, "--agent", "iql", "--label-fraction", "0.3"]),
-    "decision_diffuser": ("baselines.decision_diffuser", [*SMALL, *IDM, "--plan-horizon", "8", "--eval-episodes", "2"]),
+    "decision_diffuser": (
+        "baselines.decision_diffuser",
+        [*SMALL, "--idm-width", "16", "--plan-horizon", "8", "--eval-episodes", "1"],
+    ),
     "joint_td3bc": ("variants.joint_td3bc", [*SMALL, *AGENT, *ROLLOUTS]),
 }
 
@@ -41,23 +45,27 @@ def command(name: str, folder: Path, *more: str) -> tuple[str, list[str]]:
     """Module and arguments of one of COMMANDS, with all that it writes below `folder`, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
     module, arguments = COMMANDS[name]
-    shared = "--laptop --device cpu --log-every 20 --checkpoint-every 1e-3".split()
+    shared = "--laptop --device cpu --log-every 20".split()
     return module, [str(word) for word in hopper_arguments(folder, *shared, *arguments, *more)]
 
 
-def run_and_stop(module: str, arguments: list[str], stop_in: str, share: float, number: int, seed: int) -> None:
-    """The script's command line, in this process. In stage `stop_in`, after `share` of its steps, comes a signal.
+def run_and_stop(module: str, arguments: list[str], stop_in: str, share: float, number: int, delay: float = 0) -> None:
+    """The script's command line, in this process, with a dozen checkpoints in each stage.
 
-    It comes from a thread of its own, some microseconds to milliseconds later: anywhere in the code.
+    In stage `stop_in`, after `share` of its steps, comes a signal; with a delay, in seconds, from a thread of its own:
+    anywhere in the code.
     """
-    over, delay = common.stages.Stage.over, random.Random(seed).uniform(0, 0.02)
+    over = common.stages.Stage.over
 
     def watched(stage, items):
         armed = stage.name == stop_in
         for item in over(stage, items):
+            if (stage.done + 1) % -(-len(items) // 12) == 0:
+                stage.last_saved = -math.inf  # so long ago that the next one is due
             if armed and stage.done >= int(share * len(items)):
                 armed = False
-                threading.Timer(delay, os.kill, (os.getpid(), number)).start()
+                kill = partial(os.kill, os.getpid(), number)
+                threading.Timer(delay, kill).start() if delay else kill()
             yield item
 
     common.stages.Stage.over = watched

@@ -1,0 +1,104 @@
+"""The scripts' agents and inverse dynamics give the usual forms' numbers, and the benchmark that compares them runs."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from toy import ROOT, TINY, hopper_file, linear_dataset
+
+import dawm_iql
+import dawm_td3bc
+from common.evaluation import Evaluator, make_env
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import plain
+
+
+def close(ours, theirs) -> None:
+    """float64: sums of some hundred products, in units of rounding far below any change of form that matters."""
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.shape == b.shape and (a - b).abs().max() < 1e-10 * max(1, b.abs().max())
+
+
+def rows() -> torch.Tensor:
+    made = torch.randn(64, 2 * 5 + 2 + 2, dtype=torch.float64)
+    made[:, -1] = torch.rand(64) < 0.2
+    made[:, 5:7] = made[:, 5:7].tanh()
+    return made
+
+
+def test_td3bc_is_the_usual_one():
+    """Eight updates on the same batches with the same noise: all parameters and targets agree."""
+    data = rows()
+    agent = dawm_td3bc.TD3BC(dawm_td3bc.Args(), data[:, :5].float(), 2).double()
+    usual = plain.TD3BC(agent.actor, agent.qf1, agent.qf2)
+    for update in range(8):
+        torch.manual_seed(update)
+        agent.update(data, update % 2 == 1)
+        torch.manual_seed(update)
+        usual.update(*data.split([5, 2, 1, 5, 1], dim=1), update % 2 == 1)
+    for name in ("actor", "qf1", "qf2", "actor_target", "qf1_target", "qf2_target"):
+        close(getattr(agent, name).parameters(), getattr(usual, name).parameters())
+
+
+def test_iql_is_the_usual_one():
+    data = rows()
+    agent = dawm_iql.IQL(dawm_iql.Args(agent_updates=1_000_000), data[:, :5].float(), 2, 3.0).double()
+    usual = plain.IQL(agent.actor, agent.qf1, agent.qf2, agent.vf, factor=3.0)
+    for _ in range(8):
+        agent.update(data, True)
+        usual.update(*data.split([5, 2, 1, 5, 1], dim=1))
+    for name in ("actor", "qf1", "qf2", "vf", "qf1_target", "qf2_target"):
+        close(getattr(agent, name).parameters(), getattr(usual, name).parameters())
+
+
+def test_inverse_dynamics_is_the_usual_one():
+    model = dawm_td3bc.InverseDynamics(dawm_td3bc.Args(**TINY), torch.randn(50, 2), 2).double().eval()
+    triples, action = torch.randn(8, 6).double(), torch.rand(8, 2).double() * 2 - 1
+    normalised = ((triples - model.obs_mean) / model.obs_std).numpy()
+    trainer = plain.InverseDynamicsTrainer(model.mean, model.log_std, normalised, action.numpy())
+    close([model.log_prob(triples, action)], [trainer.log_prob(torch.from_numpy(normalised), action)])
+
+
+def test_episodes_side_by_side_are_episodes_one_by_one():
+    """One policy that acts on each row by itself: to the last digit."""
+    weights = np.random.default_rng(0).normal(size=(11, 3)).astype(np.float32)
+
+    def policy(obs):
+        return np.stack([np.tanh(row @ weights) for row in obs])
+
+    dataset = linear_dataset()
+    env = make_env("Hopper-v4", "d4rl")
+    dataset.spec, dataset.physics = env.spec, "d4rl"
+    dataset.action_low, dataset.action_high = env.action_space.low, env.action_space.high
+    assert Evaluator(dataset, "auto", 4)(policy, seed=7).tolist() == plain.evaluate(env, policy, 4, 7)[0]
+
+
+def td3bc_operations(batch=256) -> float:
+    """Of a critic update with half of an actor's, by hand: forward, and twice that for backward but to the inputs."""
+    actor, critic = (2 * batch * (i * 256 + 256 * 256 + 256 * o) for i, o in ((11, 3), (14, 1)))
+    to_obs, to_both = 2 * batch * 11 * 256, 2 * batch * 14 * 256
+    critic_update = actor + 2 * critic + 2 * critic + 2 * (2 * critic - to_both)
+    return critic_update + (actor + critic + critic + 2 * actor - to_obs) / 2  # of qf1 backward to the action alone
+
+
+@pytest.mark.parametrize("loops", [["C"], pytest.param(["A9", "B", "I", "D", "E"], marks=pytest.mark.full)])
+def test_the_benchmark_runs(loops, tmp_path):
+    """Two short rounds: a table, a file of figures, a picture; what is not there is left out with a word."""
+    data = hopper_file(tmp_path / "data.hdf5")
+    command = [sys.executable, "benchmarks/speed.py", "--rounds", "2", "--seconds", "0.2", "--data-path", data]
+    command += ["--loops", *loops, "--out", tmp_path / "speed", "--peers-python", tmp_path / "none"]
+    environment = {**os.environ, "PEERS_DIR": str(tmp_path)}
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-2000:]
+    for loop, found in json.loads((tmp_path / "speed.json").read_text())["loops"].items():
+        contenders, operations = found["contenders"], found["floor seconds"] * found["machine"]
+        assert set(contenders) == {"ours", "plain"} and all(len(row["rounds"]) == 2 for row in contenders.values())
+        assert operations == pytest.approx(td3bc_operations()) if loop == "C" else operations > 0
+    assert (tmp_path / "speed.png").stat().st_size > 5000
+    if loops == ["C"]:
+        assert "C: d3rlpy left out" in result.stderr and "clone CORL into PEERS_DIR" in result.stderr
