@@ -1,6 +1,6 @@
 # make demo   install, make the local Hopper data, run DAWM-TD3BC at laptop scale, print the score
 # make test   install, lint, test
-# make test-faults  kills, damage and full disks, as often as docs/reliability.md states; an hour
+# make test-faults  kills, damage and full disks, as often as docs/reliability.md states; half an hour
 # make walkthrough  make and execute docs/walkthrough.ipynb; two minutes
 # make peers  install d3rlpy into an environment of its own, for experiments/peers.sh and benchmarks/speed.py
 # Another interpreter: make demo PYTHON=python3.12

@@ -233,7 +233,7 @@ def evaluate(actor: torch.nn.Module, evaluator: Evaluator, run, step: int) -> fl
         return actor(torch.as_tensor(obs, device=run.device)).cpu().numpy()
 
     with run.timed("evaluation"):
-        returns = evaluator(policy, seed=run.args.seed + 100)  # as TD3BC's code
+        returns = evaluator(policy, seed=run.args.seed + 100)  # [unspecified]; agents of near seeds share start states
     mean = float(returns.mean())
     told, score = {"eval/episodic_return": mean, "eval/episodic_return_std": returns.std()}, evaluator.score(mean)
     run.log(step, told if score is None else told | {"eval/normalized_score": score})

@@ -18,9 +18,7 @@ forkserver.ensure_running()
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--full", action="store_true", help="as many trials as docs/reliability.md states; an hour on two cores"
-    )
+    parser.addoption("--full", action="store_true", help="as many trials as docs/reliability.md states; half an hour")
     parser.addoption("--trials", type=int, help="with --full: at most so many of each")
 
 
