@@ -47,16 +47,16 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Annotated, Literal
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import nn
-
 from common import UserError, fast
 from common.cli import Amount, Count, Rate, RunArgs, Seed, Share, run_script
 from common.data import OfflineDataset, load_dataset
 from common.evaluation import Evaluator, evaluate, score_report
 from common.run import Run
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
 
 
 @dataclass

@@ -14,13 +14,13 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-
 import dawm_td3bc as script
 from common.cli import parse_args, tell
 from common.data import load_dataset
 from common.evaluation import Evaluator
 from common.run import Run
+
+import torch
 
 
 @dataclass

@@ -22,16 +22,16 @@ from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
-import torch
-from matplotlib.figure import Figure
-
 import dawm_iql
 import dawm_td3bc
 from baselines import decision_diffuser
 from common.cli import Count, parse_args, tell
 from common.evaluation import make_env
 from common.run import processor
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
 
 # [DAWM Tab. 3], average over nine tasks, seconds per evaluation episode, simulator included, on unknown hardware. DWM's
 # agents are DAWM's networks.

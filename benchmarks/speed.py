@@ -199,13 +199,13 @@ def shipped_policy():
 
 
 def plain(loop: str, options) -> None:
-    import numpy as np
-    import torch
-    from plain import IQL, TD3BC, InverseDynamicsTrainer, WorldModelTrainer, draw, evaluate, sample
-
     import dawm_iql
     import dawm_td3bc as script
     from common.evaluation import make_env
+
+    import numpy as np
+    import torch
+    from plain import IQL, TD3BC, InverseDynamicsTrainer, WorldModelTrainer, draw, evaluate, sample
 
     device = options.device
     if loop == "E":
@@ -257,10 +257,10 @@ def rate(name: str, device: str) -> None:
         for _ in metered(range(FOREVER), lambda _: 20 * 2 * size**3):
             for _ in range(20):
                 torch.mm(a, b, out=out)
+    from common.evaluation import make_env
+
     import mujoco
     import numpy as np
-
-    from common.evaluation import make_env
 
     env = make_env("Hopper-v4", "d4rl").unwrapped
     controls = np.random.default_rng(0).uniform(-1, 1, (1000, 3))
@@ -399,10 +399,10 @@ def picture(result: dict, path: Path, title: str) -> None:
 
 
 def main(options: Args) -> None:
-    import torch
-
     from common import UserError
     from common.run import processor
+
+    import torch
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch sees no CUDA device; leave it out")

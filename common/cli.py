@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-
 from common import UserError
 from common.files import disk_trouble
+
+import tyro
 
 # Types of arguments; the tuple holds the smallest and the largest value that makes sense.
 Share = Annotated[float, (0, 1)]

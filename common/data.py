@@ -21,14 +21,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from common import UserError
+from common.evaluation import LEARNING, described, fall_rule, from_box, is_unchanged, make_env, plain, robot_of
+from common.files import locked, one_line, sha256_of
+
 import gymnasium as gym
 import h5py
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
-
-from common import UserError
-from common.evaluation import LEARNING, described, fall_rule, from_box, is_unchanged, make_env, plain, robot_of
-from common.files import locked, one_line, sha256_of
 
 ROBOTS = {"hopper": "Hopper-v4", "walker2d": "Walker2d-v4", "halfcheetah": "HalfCheetah-v4"}
 D4RL_QUALITIES = ("random", "medium", "medium-replay", "medium-expert", "full-replay", "expert")

@@ -8,14 +8,14 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+from common import UserError
+from common.files import one_line
+
 import gymnasium as gym
 import mujoco
 import numpy as np
 import torch
 from gymnasium.envs.registration import EnvSpec
-
-from common import UserError
-from common.files import one_line
 
 # Returns that count as 0 and 100 [D4RL infos.py]; the same for every data set of a robot.
 REFERENCE_RETURNS = {

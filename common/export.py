@@ -21,18 +21,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from common import UserError
+from common.cli import tell
+from common.data import OfflineDataset, load_dataset, minari_root
+from common.evaluation import Stepper, make_env, to_box
+from common.files import check_whole, disk_trouble, locked, one_line, sha256_of, sync
+
 import gymnasium as gym
 import h5py
 import numpy as np
 import tyro
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
-
-from common import UserError
-from common.cli import tell
-from common.data import OfflineDataset, load_dataset, minari_root
-from common.evaluation import Stepper, make_env, to_box
-from common.files import check_whole, disk_trouble, locked, one_line, sha256_of, sync
 
 AUDITED = 20_000  # rows at most that the simulator is asked about
 NOT_OURS = ("local", "mujoco", "D4RL", "minigrid", "atari")  # namespaces of data sets that others take for recorded

@@ -7,9 +7,9 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from common import UserError
+
+from filelock import FileLock, Timeout
 
 
 def sha256_of(path: Path) -> str:

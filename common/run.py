@@ -17,14 +17,14 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
 from common import UserError
 from common.cli import args_of, command
 from common.files import disk_trouble, take_lock, write_text, write_whole
 from common.stages import Stage
+
+import numpy as np
+import torch
+from tqdm import tqdm
 
 PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "minari", "h5py")
 

@@ -18,15 +18,15 @@ import sys
 import time
 from pathlib import Path
 
+from common import UserError
+from common.cli import Signals, Stopped
+from common.files import check_whole, disk_trouble, one_line, remove, take_lock, write_whole
+
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
-
-from common import UserError
-from common.cli import Signals, Stopped
-from common.files import check_whole, disk_trouble, one_line, remove, take_lock, write_whole
 
 FORMAT = 3  # of results and checkpoints; another number is told, never half-read
 LINE_EVERY = 30  # seconds between two lines of progress where there is no terminal

@@ -27,6 +27,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from common import UserError
+from common.cli import Count, parse_args, tell
+from common.evaluation import Stepper
+from common.files import write_text
+
 import numpy as np
 import torch
 import tyro
@@ -35,11 +40,6 @@ from matplotlib.figure import Figure
 from run_folders import load_run
 from torch import nn
 from tqdm import tqdm
-
-from common import UserError
-from common.cli import Count, parse_args, tell
-from common.evaluation import Stepper
-from common.files import write_text
 
 LEGS = "thigh leg foot"
 NAMES = {  # of the observations' dimensions

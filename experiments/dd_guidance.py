@@ -21,13 +21,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
-import torch
-from matplotlib.figure import Figure
-
 from baselines.decision_diffuser import LAPTOP, Args, Planner, main, sample_plans
 from common.evaluation import Stepper
 from common.files import write_text
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
 
 ENV_ID, SEEDS, PERCENTILES = "local/hopper/medium-expert-v0", (0, 1), (10, 30, 50, 70, 90)
 SCALES = (1.2, 3.0, 6.0)  # of guidance; episodes are run with the first

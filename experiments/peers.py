@@ -16,12 +16,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common.data import load_dataset
+from common.evaluation import Evaluator
+
 import d3rlpy
 import numpy as np
 import torch
-
-from common.data import load_dataset
-from common.evaluation import Evaluator
 
 
 def build(name: str, obs: np.ndarray, returns: np.ndarray, updates: int):

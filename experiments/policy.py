@@ -17,6 +17,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
+from common import UserError
+from common.cli import Count, Seed, parse_args, tell
+from common.evaluation import Evaluator, described, robot_of
+from common.files import one_line
+
 import gymnasium as gym
 import mujoco
 import numpy as np
@@ -27,11 +32,6 @@ from PIL import Image, ImageDraw
 from render import View, capsules, choose_renderer, draw_sticks, write_gif
 from run_folders import read_args
 from tqdm import tqdm
-
-from common import UserError
-from common.cli import Count, Seed, parse_args, tell
-from common.evaluation import Evaluator, described, robot_of
-from common.files import one_line
 
 FRAMES, MILLISECONDS, SIZE = 250, 40, 256  # of the GIF: at most; of each; pixels of a side
 

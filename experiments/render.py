@@ -24,6 +24,11 @@ from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Literal
 
+from common import UserError
+from common.cli import parse_args, tell
+from common.evaluation import Stepper
+from common.files import write_whole
+
 import matplotlib
 import mujoco
 import numpy as np
@@ -31,11 +36,6 @@ import tyro
 from PIL import Image, ImageDraw, ImageFont
 from run_folders import load_run
 from tqdm import tqdm
-
-from common import UserError
-from common.cli import parse_args, tell
-from common.evaluation import Stepper
-from common.files import write_whole
 
 RANKED = 1000  # rollouts that --pick chooses from, drawn at random with a fixed seed
 BAR_END = 0.5  # standard deviations at the error bar's end

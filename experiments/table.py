@@ -16,13 +16,13 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
-from matplotlib.figure import Figure
-from run_folders import finished_runs
-
 from common import UserError
 from common.cli import tell
 from common.evaluation import normalized_score
+
+import numpy as np
+from matplotlib.figure import Figure
+from run_folders import finished_runs
 
 
 def grouped(root: Path) -> list[list]:

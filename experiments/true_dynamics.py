@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+from common.cli import Count, Seed, parse_args, tell
+from common.evaluation import Stepper, score_report
+from common.run import Run
+
 import numpy as np
 import torch
 import tyro
 from run_folders import load_run
-
-from common.cli import Count, Seed, parse_args, tell
-from common.evaluation import Stepper, score_report
-from common.run import Run
 
 REPLACED = {  # the run's name: columns of a row that the simulator gives
     "as_generated": (),

@@ -4,13 +4,13 @@ import json
 import sys
 from types import SimpleNamespace
 
+from common import UserError
+from common.evaluation import Stepper, make_env
+
 import numpy as np
 import pytest
 import torch
 from toy import ROOT, TOY, hopper_run
-
-from common import UserError
-from common.evaluation import Stepper, make_env
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import audit

@@ -3,14 +3,14 @@
 import json
 import sys
 
+from baselines import decision_diffuser
+from common import UserError
+from common.evaluation import make_env
+
 import numpy as np
 import pytest
 import torch
 from toy import ROOT, TOY, hopper_run
-
-from baselines import decision_diffuser
-from common import UserError
-from common.evaluation import make_env
 
 sys.path.insert(0, str(ROOT / "experiments"))
 sys.path.insert(0, str(ROOT / "benchmarks"))

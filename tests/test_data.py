@@ -19,6 +19,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+from common import UserError, data
+from common.data import OfflineDataset, load_dataset
+
 import gymnasium as gym
 import h5py
 import huggingface_hub.file_download
@@ -27,9 +30,6 @@ import numpy as np
 import pytest
 from gymnasium import wrappers
 from minari.data_collector import EpisodeBuffer
-
-from common import UserError, data
-from common.data import OfflineDataset, load_dataset
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Minari's advice on authors, gymnasium's on -v4
 

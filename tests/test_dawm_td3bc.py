@@ -5,13 +5,13 @@ import math
 import subprocess
 import sys
 
+import dawm_td3bc as script
+from common import UserError
+
 import numpy as np
 import pytest
 import torch
 from toy import ROOT, TINY, TOY, child, hopper_arguments, hopper_run, linear_dataset, new_run, refusal
-
-import dawm_td3bc as script
-from common import UserError
 
 CPU = torch.device("cpu")
 

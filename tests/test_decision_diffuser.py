@@ -12,16 +12,16 @@ import time
 from contextlib import contextmanager
 from dataclasses import replace
 
+from baselines import decision_diffuser as script
+from baselines.decision_diffuser import LAPTOP, PRESETS, Args
+from common.cli import check_ranges, parse_args
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 from toy import TINY, child, hopper_arguments, hopper_run, linear_dataset, refusal, run, start
-
-from baselines import decision_diffuser as script
-from baselines.decision_diffuser import LAPTOP, PRESETS, Args
-from common.cli import check_ranges, parse_args
 
 SMALL = dict(TINY, plan_horizon=8, idm_width=16, target_return=0.5)
 TOY = "--laptop --eval-episodes 2 --log-every 5 --device cpu --world-model-steps 60 --unet-width 8".split()

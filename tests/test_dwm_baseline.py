@@ -7,10 +7,6 @@ import json
 import sys
 from types import SimpleNamespace
 
-import pytest
-import torch
-from toy import TINY, TOY, TOY_AGENT, TOY_WORLD_MODEL, context, hopper_arguments, hopper_run, linear_dataset, refusal
-
 import dawm_iql
 import dawm_td3bc
 import dwm_baseline as script
@@ -18,6 +14,10 @@ from common.cli import Signals, Stopped, parse_args
 from common.run import Run
 from common.stages import stage_source
 from dwm_baseline import Args
+
+import pytest
+import torch
+from toy import TINY, TOY, TOY_AGENT, TOY_WORLD_MODEL, context, hopper_arguments, hopper_run, linear_dataset, refusal
 
 STEPS = 8  # imagined by a world model of horizon 7
 

@@ -2,12 +2,6 @@
 
 import copy
 
-import gymnasium as gym
-import mujoco
-import numpy as np
-import pytest
-from gymnasium import spaces, wrappers
-
 from common import UserError
 from common.data import OfflineDataset
 from common.evaluation import (
@@ -22,6 +16,12 @@ from common.evaluation import (
     score_report,
     to_box,
 )  # fmt: skip
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import pytest
+from gymnasium import spaces, wrappers
 
 # Body masses in kg: today's MuJoCo computes capsules exactly; until 2.1.0 a capsule of radius r and half-length h
 # weighed as a cylinder of length 2 h + r, 1000 pi r^2 (2 h + r). HalfCheetah's are scaled to 14 in total.

@@ -7,6 +7,13 @@ import signal
 from pathlib import Path
 from types import SimpleNamespace
 
+import common.export
+from common import UserError
+from common.cli import tell
+from common.data import load_dataset
+from common.export import Args, audit, main
+from common.files import write_whole
+
 import h5py
 import minari
 import numpy as np
@@ -15,13 +22,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from toy import TOY, child, hopper_arguments, hopper_run, run
-
-import common.export
-from common import UserError
-from common.cli import tell
-from common.data import load_dataset
-from common.export import Args, audit, main
-from common.files import write_whole
 
 ID = "dawm/hopper-toy-v0"
 

@@ -3,12 +3,12 @@
 import copy
 import shutil
 
+import dawm_td3bc as script
+from common import fast
+
 import pytest
 import torch
 from torch import nn
-
-import dawm_td3bc as script
-from common import fast
 
 EPS = torch.finfo(torch.float64).eps
 

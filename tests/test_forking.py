@@ -6,14 +6,14 @@ import shutil
 import subprocess
 import sys
 
+import dawm_td3bc as home
+from common import UserError, export
+from common.stages import stage_source
+
 import pytest
 import torch
 from mark_copies import definitions, marked
 from toy import ROOT, TINY, TOY, hopper_arguments, linear_dataset, run
-
-import dawm_td3bc as home
-from common import UserError, export
-from common.stages import stage_source
 
 GUIDE = (ROOT / "docs" / "forking.md").read_text()
 HOME = (ROOT / "dawm_td3bc.py").read_text()

@@ -9,13 +9,13 @@ import signal
 import time
 from contextlib import contextmanager
 
+from variants import joint_td3bc as script
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from toy import TINY, TOY_AGENT, TOY_WORLD_MODEL, child, hopper_arguments, linear_dataset, run, start
-
-from variants import joint_td3bc as script
 
 KNOWN_FIRST, KNOWN_LAST = slice(0, 4), slice(2, 5)  # channels of the linear system: two obs, two action, one reward
 TOY_JOINT = [*TOY_AGENT, *TOY_WORLD_MODEL]

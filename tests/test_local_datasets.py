@@ -11,6 +11,13 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+from common import UserError, data
+from common.cli import tell
+from common.evaluation import make_env
+from local_datasets import card, collect, train_behavior
+from local_datasets.collect import Args
+from local_datasets.train_behavior import Actor, Candidate, choose_medium
+
 import minari
 import numpy as np
 import pytest
@@ -19,13 +26,6 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from toy import child
 from tqdm import tqdm
-
-from common import UserError, data
-from common.cli import tell
-from common.evaluation import make_env
-from local_datasets import card, collect, train_behavior
-from local_datasets.collect import Args
-from local_datasets.train_behavior import Actor, Candidate, choose_medium
 
 SCRIPTS = Path(collect.__file__).parent
 HOPPER = "local/hopper/medium-v0"

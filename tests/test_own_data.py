@@ -4,6 +4,8 @@ import importlib
 import json
 import os
 
+from common.export import minari_writes_to
+
 import gymnasium as gym
 import minari
 import numpy as np
@@ -11,8 +13,6 @@ import pytest
 import torch
 from minari.data_collector import EpisodeBuffer
 from toy import TOY_AGENT, TOY_IDM, TOY_WORLD_MODEL, child, folders_below, run
-
-from common.export import minari_writes_to
 
 SCRIPTS = {
     "dawm_td3bc": TOY_IDM,

@@ -8,6 +8,9 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+from common.evaluation import Evaluator, normalized_score
+from common.run import Run
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -15,9 +18,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 from test_own_data import record
 from toy import TOY, TOY_AGENT, TOY_IDM, TOY_WORLD_MODEL, child, folders_below, hopper_run, run
-
-from common.evaluation import Evaluator, normalized_score
-from common.run import Run
 
 LEARNERS = {
     "dawm_td3bc": TOY,

@@ -4,6 +4,10 @@ import os
 import sys
 from types import SimpleNamespace
 
+import dawm_td3bc
+from common import UserError
+from common.evaluation import fall_rule, make_env
+
 import gymnasium as gym
 import mujoco
 import numpy as np
@@ -11,10 +15,6 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 from toy import ROOT
-
-import dawm_td3bc
-from common import UserError
-from common.evaluation import fall_rule, make_env
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import render

@@ -5,14 +5,14 @@ import os
 import subprocess
 import sys
 
+import dawm_iql
+import dawm_td3bc
+from common.evaluation import Evaluator, make_env
+
 import numpy as np
 import pytest
 import torch
 from toy import ROOT, TINY, hopper_file, linear_dataset
-
-import dawm_iql
-import dawm_td3bc
-from common.evaluation import Evaluator, make_env
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import plain

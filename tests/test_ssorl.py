@@ -10,15 +10,15 @@ import time
 from contextlib import contextmanager
 from dataclasses import replace
 
+from baselines import ssorl as script
+from baselines.ssorl import Args, Trajectories
+from common import UserError
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from toy import TOY_AGENT, TOY_IDM, context, hopper_arguments, hopper_file, hopper_run, linear_dataset, refusal, start
-
-from baselines import ssorl as script
-from baselines.ssorl import Args, Trajectories
-from common import UserError
 
 CPU = torch.device("cpu")
 LENGTHS = np.array([20, 10, 30, 5, 15, 25, 12, 18, 7, 8])

@@ -10,15 +10,15 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
-import torch
-from toy import child, new_run
-
 import dawm_td3bc as script
 from common import UserError
 from common.run import Run
 from common.stages import depends, stage_source
 from dawm_td3bc import Args
+
+import pytest
+import torch
+from toy import child, new_run
 
 # ---- The source of a stage
 

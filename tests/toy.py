@@ -8,15 +8,15 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import h5py
-import numpy as np
-import pytest
-import torch
-
 from common.data import OfflineDataset
 from common.evaluation import make_env
 from common.run import Run
 from dawm_td3bc import Args
+
+import h5py
+import numpy as np
+import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(env_id="linear", unet_width=16, unet_multipliers=(1, 2), device="cpu")

@@ -8,16 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import dawm_td3bc
+from common import UserError
+from common.files import disk_trouble, sha256_of, write_whole
+from local_datasets.collect import load_policies
+
 import pytest
 import torch
 from safetensors.torch import save_file
 from toy import ROOT, TOY_IDM, hopper_arguments, new_run, refusal
 from trials import Counter, checkpoints, counting
-
-import dawm_td3bc
-from common import UserError
-from common.files import disk_trouble, sha256_of, write_whole
-from local_datasets.collect import load_policies
 
 
 def whole_result(folder: Path, private: bool = False):

@@ -6,16 +6,16 @@ import sys
 import typing
 from pathlib import Path
 
+from common import UserError
+from common.cli import parse_args
+from common.data import OfflineDataset, load_dataset
+
 import h5py
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toy import SCRIPTS, hopper_file
-
-from common import UserError
-from common.cli import parse_args
-from common.data import OfflineDataset, load_dataset
 
 KEYS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
 CHECKS = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=True)

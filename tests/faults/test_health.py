@@ -2,13 +2,13 @@
 
 import re
 
+import dawm_td3bc
+from common import UserError
+
 import pytest
 import torch
 from toy import new_run, run_script
 from trials import checkpoints, command, counting, finish
-
-import dawm_td3bc
-from common import UserError
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

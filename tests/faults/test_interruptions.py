@@ -11,6 +11,9 @@ import sys
 import time
 from pathlib import Path
 
+from common.cli import STOPPED
+from common.stages import load_checkpoint, save_checkpoint
+
 import pytest
 import torch
 from toy import ROOT, child, run_script
@@ -34,9 +37,6 @@ from trials import (
     text_of,
     wait_for,
 )
-
-from common.cli import STOPPED
-from common.stages import load_checkpoint, save_checkpoint
 
 CPU = torch.device("cpu")
 

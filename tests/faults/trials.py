@@ -9,13 +9,13 @@ import time
 from functools import partial
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
-from toy import child, hopper_arguments, new_run, run_script
-
 import common.files
 import common.stages
 from common.cli import Signals
+
+import torch
+from safetensors import safe_open
+from toy import child, hopper_arguments, new_run, run_script
 
 KILL, TERM, USR1, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
 
