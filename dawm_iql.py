@@ -255,7 +255,8 @@ class Windows:
         if not fits.any():
             raise UserError(
                 f"--model-horizon {args.model_horizon} needs {args.model_horizon + 1} transitions in a row, but the "
-                f"longest episode has {dataset.lengths.max()}; lower it and the rollouts' horizon"
+                f"longest episode has {dataset.lengths.max()}; lower it and --horizon (1 or more), or give "
+                "--synthetic-fraction 0, which needs no windows"
             )
         self.usable = fits | dataset.terminated[self.last][self.episode]
         low, high = float(dataset.reward.min()), float(dataset.reward.max())
@@ -626,7 +627,7 @@ def idm_split(args: Args, windows: Windows) -> tuple[torch.Tensor, torch.Tensor]
     if not len(train) or not len(held_out):
         raise UserError(
             f"--idm-holdout {args.idm_holdout} leaves an empty part of {len(windows.last)} episodes; two or more are "
-            "needed, of two steps or more"
+            "needed, of two steps or more: record more, or give --synthetic-fraction 0"
         )
     return train, held_out
 

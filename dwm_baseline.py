@@ -250,7 +250,8 @@ class Windows:
         if not fits.any():
             raise UserError(
                 f"--model-horizon {args.model_horizon} needs {args.model_horizon + 1} transitions in a row, but the "
-                f"longest episode has {dataset.lengths.max()}; lower it and the rollouts' horizon"
+                f"longest episode has {dataset.lengths.max()}; lower it and --horizon (1 or more), or give "
+                "--synthetic-fraction 0, which needs no windows"
             )
         self.usable = fits | dataset.terminated[self.last][self.episode]
         low, high = float(dataset.reward.min()), float(dataset.reward.max())

@@ -124,9 +124,18 @@ class OfflineDataset:
         return returns[self.complete] if self.complete.any() else returns
 
     @property
+    def cut(self) -> np.ndarray:
+        """[E] bool: a time limit ended it, long before that of the environment it is scored in."""
+        limit = self.spec.max_episode_steps if self.spec else None
+        return self.complete & ~self.terminated[self.last] & (self.lengths < 0.9 * (limit or 0))
+
+    @property
     def mean_return(self) -> float | None:
-        """None where a third of the ends or more is unmarked: the rows are pieces of episodes then."""
-        return float(self.returns.mean()) if self.complete.sum() > 2 * (~self.complete[:-1]).sum() else None
+        """None where the rows are pieces of episodes: a third of the ends or more unmarked, or half of the episodes
+        cut."""
+        marked = self.complete.sum()
+        pieces = marked <= 2 * (~self.complete[:-1]).sum() or 2 * self.cut.sum() > marked
+        return None if pieces else float(self.returns.mean())
 
     @cached_property
     def fingerprint(self) -> str:
@@ -339,7 +348,11 @@ def _load_minari(env_id: str) -> OfflineDataset:
         if stored.storage.FORMAT != "hdf5":
             raise UserError(f"{path} is in Minari's {stored.storage.FORMAT} format; store it with data_format='hdf5'")
         if stored.env_spec is None:
-            raise UserError(f"{path} names no environment to score in; store it with env=..., as docs/data.md does")
+            raise UserError(
+                f"{path} names no environment to score in: store it with env=gym.make(...), as "
+                "docs/data.md does; Minari drops one whose arguments are no plain values (an array or a function in a "
+                "wrapper: write a wrapper class that inherits gymnasium.utils.RecordConstructorArgs)"
+            )
         for space, what in ((stored.observation_space, "observations"), (stored.action_space, "actions")):
             if not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
                 raise UserError(
@@ -414,6 +427,8 @@ def _reading(path: Path, again: str):
             why = f"does not fit into memory ({words})"
         elif isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
             why = f"cannot be read ({words})"
+        elif "file signature not found" in words:
+            why = f"cannot be read: no HDF5 file, or damaged or cut short; {again}"
         else:
             why = f"cannot be read ({words}): damaged or cut short; {again}"
         raise UserError(f"{path} {why}")
@@ -496,7 +511,9 @@ def _numbers(path: str, name: str, array: np.ndarray) -> np.ndarray:
         narrow = np.asarray(array, np.float32)
     if not np.isfinite(narrow).all():
         row = int(np.argwhere(~np.isfinite(narrow))[0, 0])
-        raise UserError(f"{path}: {name} holds NaN or infinity, first in row {row}; drop such rows from the file")
+        raise UserError(
+            f"{path}: {name} holds NaN or infinity, or more than float32 takes, first in row {row}; drop or mend it"
+        )
     if array.dtype.itemsize > 4:
         flat = array.reshape(len(array), -1)
         spread, step = np.ptp(flat, axis=0), np.spacing(np.abs(narrow).reshape(flat.shape).max(axis=0))
@@ -533,15 +550,22 @@ def _told(low: np.ndarray, high: np.ndarray) -> str:
 def _judge(data: OfflineDataset, env: gym.Env) -> None:
     """Find the fall rule, and warn once of each thing in which the rows contradict the simulator or themselves."""
     name, last, limit, longest = described(data.spec), data.last, env.spec.max_episode_steps, int(data.lengths.max())
-    marked, unmarked = last[:-1][data.complete[:-1]], last[:-1][~data.complete[:-1]]
-    foreign = marked[(data.next_obs[marked] == data.obs[marked + 1]).all(axis=1)]
-    if len(foreign):
+    marked, unmarked = last[data.complete], last[:-1][~data.complete[:-1]]
+    whole = f"V{data.obs.itemsize * data.obs.shape[1]}"  # a state as one value
+    first, after = {*data.obs[last + 1 - data.lengths].view(whole)[:, 0].tolist()}, data.next_obs[marked]
+    seen = [state in first for state in after.view(whole)[:, 0].tolist()]
+    if len(foreign := marked[np.array(seen, bool) | ~after.any(axis=1)]):
         warn(
-            f"at {len(foreign):,} of {len(marked):,} marked ends the next state is that of the next row: either the "
-            "next episode's first state (a vector environment's auto reset: store the final observation instead) or "
-            "the episode goes on behind its flag; models learn these steps as they stand"
+            f"at {len(foreign):,} of {len(marked):,} marked ends the next state is an episode's first one, or all 0: "
+            "perhaps a vector environment's auto reset (store the final observation instead), or the episode goes on "
+            "behind its flag; models learn these steps as they stand"
         )
-    if data.mean_return is None:
+    if 2 * data.cut.sum() > data.complete.sum():
+        warn(
+            f"{data.cut.sum():,} of {len(last):,} episodes end by a time limit of their own, before {name}'s {limit:,} "
+            "steps: their mean return is not told, for evaluations go on to the end"
+        )
+    elif data.mean_return is None:
         jump = np.abs(data.next_obs[unmarked] - data.obs[unmarked + 1]).max(initial=0)
         warn(
             f"{(~data.complete).sum():,} episodes end without a flag and {data.complete.sum():,} with one; at the "
@@ -584,10 +608,10 @@ def _judge_falls(data: OfflineDataset, rule: tuple | None, foreign: np.ndarray, 
                 "learners take the return behind one as 0; mark time limits as timeouts"
             )
         else:
-            warn(
-                f"{name}'s fall rule and the terminal flags differ on {differ.sum():,} rows ({differ.mean():.2%}): the "
-                "rule is not used, and only the model's own sign ends a rollout"
-            )
+            told = f"{name}'s fall rule and the terminal flags differ on {differ.sum():,} rows ({differ.mean():.2%})"
+            if differ.mean() > 0.9 and len(differ) >= 100 and data.source == "D4RL file":
+                raise UserError(f"{data.path}: {told}; is it a file of that robot? name the right one with --env-id")
+            warn(f"{told}: the rule is not used, and only the model's own sign ends a rollout")
     ends = data.terminated[data.last][data.lengths == longest]
     common = len(ends) > max(1, 0.1 * len(data.lengths)) or longest == limit
     if data.healthy_low is None and not endless and common and ends.all():

@@ -39,7 +39,9 @@ def plain(spec: EnvSpec) -> EnvSpec:
     """A copy without what only shows or records: no window is opened and no film written during an evaluation."""
     spec = copy.deepcopy(spec)
     spec.kwargs.pop("render_mode", None)
-    spec.additional_wrappers = tuple(x for x in spec.additional_wrappers if x.name not in RECORDERS)
+    ours = ("gymnasium.", "minari.", "stable_baselines3.")  # a user's own class may have any name
+    watches = [x.name in RECORDERS and x.entry_point.startswith(ours) for x in spec.additional_wrappers]
+    spec.additional_wrappers = tuple(x for x, w in zip(spec.additional_wrappers, watches, strict=True) if not w)
     return spec
 
 
@@ -303,7 +305,7 @@ def score_report(dataset, history: list[tuple[int, float]], evaluator: Evaluator
 
     def line(mean: float | None) -> str:
         if mean is None:
-            return "not told: too many ends of episodes are unmarked"
+            return "not told: the rows are pieces of episodes"
         score = evaluator.score(mean)
         return f"return {mean:8.1f}   " + ("no D4RL reference" if score is None else f"normalized score {score:6.1f}")
 

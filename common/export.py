@@ -94,7 +94,8 @@ def main(args: Args) -> None:
     steps = int(lengths.max())
     how = f"--env-id {args.minari or f'{dataset.robot}-medium-v2 --data-path {args.hdf5}'}"
     short = f" --horizon {steps - 1} --model-horizon {steps - 1}" if steps < 8 else ""
-    print(f"read back: python dawm_td3bc.py {how}{short}, or --synthetic-fraction 0 for the agent alone")
+    if args.minari or dataset.robot:
+        print(f"read back: python dawm_td3bc.py {how}{short}, or --synthetic-fraction 0 for the agent alone")
 
 
 def minari_target(minari_id: str) -> tuple[Path, str]:

@@ -58,10 +58,12 @@ class Run:
         if args.compile and shutil.which(os.environ.get("CXX", "g++")) is None:
             raise UserError("--compile needs a C++ compiler: install g++, name another in CXX, or run without it")
         args.exp_name = args.exp_name or Path(sys.modules[type(args).__module__].__file__).stem
-        if "/" in args.exp_name or len(args.exp_name.encode(errors="replace")) > 100:
-            raise UserError(f"--exp-name {args.exp_name[:40]!r}... names a folder; use up to 100 letters and no slash")
+        if "/" in args.exp_name or not args.exp_name.isprintable() or len(args.exp_name.encode(errors="replace")) > 100:
+            raise UserError(f"--exp-name {args.exp_name[:40]!r}: use up to 100 printable characters and no slash")
         places = {} if reading else {"--run-dir": args.run_dir, "--stage-dir": args.stage_dir}
         for flag, place in places.items():
+            if not str(place).isprintable():  # TensorBoard takes no bytes that are no text
+                raise UserError(f"{flag} {place} has bytes that are no text; give another")
             try:
                 place.mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=place).close()

@@ -97,13 +97,17 @@ def sha256(content: bytes) -> str:
 
 @pytest.fixture
 def warned(capsys):
-    """load_dataset(...) -> the data, and the warnings printed, without their tag."""
+    """load_dataset(...) -> the data, and the warnings printed, without their tag.
+
+    But for that of episodes that a time limit cut, as these tests' own are; it has a test of its own.
+    """
 
     def load(*args):
         loaded = load_dataset(*args)
         lines = capsys.readouterr().out.splitlines()
         assert all(line.startswith("warning          ") for line in lines)
-        return loaded, [line.removeprefix("warning          ") for line in lines]
+        told = [line.removeprefix("warning          ") for line in lines]
+        return loaded, [line for line in told if "by a time limit of their own" not in line]
 
     return load
 
@@ -356,10 +360,18 @@ def changed(key, change):
 
 
 BAD_VALUES = {  # what is wrong: (key, change, words of the refusal)
-    "NaN": ("observations", np.nan, "observations holds NaN or infinity, first in row 7; drop"),
-    "infinity": ("next_observations", -np.inf, "next_observations holds NaN or infinity, first in row 7;"),
-    "beyond float32": ("rewards", 1e39, "rewards holds NaN or infinity, first in row 7;"),
-    "NaN action": ("actions", np.nan, "actions holds NaN or infinity, first in row 7;"),
+    "NaN": (
+        "observations",
+        np.nan,
+        "observations holds NaN or infinity, or more than float32 takes, first in row 7; drop",
+    ),
+    "infinity": (
+        "next_observations",
+        -np.inf,
+        "next_observations holds NaN or infinity, or more than float32 takes, first in row 7;",
+    ),
+    "beyond float32": ("rewards", 1e39, "rewards holds NaN or infinity, or more than float32 takes, first in row 7;"),
+    "NaN action": ("actions", np.nan, "actions holds NaN or infinity, or more than float32 takes, first in row 7;"),
     "NaN as a flag": ("terminals", np.nan, "terminals holds nan, first in row 7; a flag is 0 or 1"),
     "counts as flags": ("timeouts", 2, "timeouts holds 2.0, first in row 7; a flag is 0 or 1"),
     "text as flags": ("timeouts", lambda a: np.array([b"yes"] * 20), "timeouts holds b'yes', first in row 0;"),
@@ -444,15 +456,15 @@ def one_stray(arrays):
 TEN_EACH = [(5, "terminals"), (5, "timeouts")] * 30
 ODD = {
     "nothing": (lambda arrays: None, [], True, True),
-    "auto reset": (auto_reset, ["at 59 of 59 marked ends the next state is that of the next row"], True, True),
-    "reset steps": (reset_steps, ["at 59 of 59 marked ends"], True, True),
+    "auto reset": (auto_reset, ["at 59 of 60 marked ends the next state is an episode's first one"], True, True),
+    "reset steps": (reset_steps, ["at 59 of 60 marked ends"], True, True),
     "one row late": (one_row_late, ["at 60 of 60", "60 episodes end without a flag", "fall rule"], False, False),
     "rounded": (rounded, ["240 episodes end without a flag and 60 with one; at the former the next row lies up to"],
                 False, True),
     "never marked": (never_marked, ["60 episodes end without a flag and 0 with one", "fall rule"], False, False),
     "dones": (terminals_are_dones, ["differ on 30 rows (10.00%): the rule is not used, and only the model's own sign",
                                     "all 60 episodes of the greatest length, 5 steps, end with"], True, False),
-    "a stray": (one_stray, ["at 1 of 60 marked ends the next state is that of the next row"], True, True),
+    "a stray": (one_stray, ["at 1 of 61 marked ends the next state is an episode's first one"], True, True),
 }  # fmt: skip
 
 
@@ -485,7 +497,7 @@ def test_falls_of_a_robot_that_cannot_fall_and_its_limit(folders, warned):
     arrays = dict(zip(data.D4RL_KEYS, (walk[:-1], np.zeros((rows, 6)), np.zeros(rows), walk[1:]), strict=False))
     arrays |= {"terminals": np.arange(rows) % 1050 == 1049, "timeouts": np.zeros(rows, bool)}
     loaded, warnings = warned("halfcheetah-medium-v2", write(folders / "mine.hdf5", arrays))
-    assert "at 1 of 1 marked ends" in warnings[0]
+    assert "at 1 of 2 marked ends" in warnings[0]
     assert "2 of 2 episodes are longer than HalfCheetah-v4's limit of 1,000 steps (up to 1,050)" in warnings[1]
     assert "HalfCheetah-v4 never ends an episode, but 2 rows (0.10%) have a terminal flag" in warnings[2]
     assert len(warnings) == 3 and loaded.healthy_low is None
@@ -853,9 +865,12 @@ def put(value):
 MINARI_VALUES = {  # what is wrong: (episodes, words of the message); Minari stores all of these without a word
     "NaN": (
         with_change(rewards=put(np.nan)),
-        "rewards holds NaN or infinity, first in row 5;",
+        "rewards holds NaN or infinity, or more than float32 takes, first in row 5;",
     ),  # 4 rows before, then 1
-    "infinity": (with_change(observations=put(np.inf)), "observations holds NaN or infinity, first in row 5;"),
+    "infinity": (
+        with_change(observations=put(np.inf)),
+        "observations holds NaN or infinity, or more than float32 takes, first in row 5;",
+    ),
     "NaN flag": (with_change(truncations=put(np.nan)), "timeouts holds nan, first in row 5; a flag is 0 or 1"),
     "range": (with_change(actions=put(2)), "2 lies outside [-1, 1]"),
     "no last state": (with_change(observations=lambda o: o[:-1]), "episode 1 has 3 observations, 3 actions"),
@@ -941,6 +956,52 @@ def test_wrappers_are_part_of_the_task(warned):
     loaded, warnings = warned("tiny/normalised-v0")
     assert len(warnings) == 1 and "NormalizeObservation learns statistics that the set does not hold" in warnings[0]
     assert loaded.healthy_low is None and loaded.robot == ""
+
+
+class Monitor(gym.RewardWrapper, gym.utils.RecordConstructorArgs):
+    """A user's own, of a recorder's name."""
+
+    def __init__(self, env):
+        gym.utils.RecordConstructorArgs.__init__(self)
+        gym.RewardWrapper.__init__(self, env)
+
+    def reward(self, reward):
+        return -3 * reward
+
+
+def test_a_users_own_wrapper_is_no_recorder_whatever_its_name(warned):
+    create("tiny/monitor-v0", buffers(3, 1, [(5, False, True)] * 4), Monitor(gym.make("Pendulum-v1")))
+    assert [x.name for x in warned("tiny/monitor-v0")[0].spec.additional_wrappers] == ["Monitor"]
+
+
+def test_an_auto_reset_to_any_episode_is_told(folders, warned):
+    """As in a vector environment, whose next episode stands elsewhere in the file; and a last state never filled in."""
+    arrays = hopper_arrays([(5, "timeouts")] * 6)
+    starts = arrays["observations"][::5]
+    for states in (np.roll(starts, 2, axis=0), starts, 0 * starts):
+        changed = arrays | {"next_observations": arrays["next_observations"].copy()}
+        changed["next_observations"][4::5] = states
+        warnings = warned(NAME, write(folders / "mine.hdf5", changed))[1]
+        assert any("at 6 of 6 marked ends the next state is an episode's first one, or all 0" in x for x in warnings)
+
+
+def test_episodes_that_a_time_limit_of_their_own_cut(folders, capsys):
+    """Their mean is no measure for evaluations of 1,000 steps; falls are."""
+    for flag, mean in (("timeouts", None), ("terminals", 72.5)):
+        loaded = load_dataset(NAME, write(folders / "mine.hdf5", hopper_arrays([(5, flag)] * 6)))
+        assert loaded.mean_return == mean  # by hand: 0 + ... + 29 = 435, in 6 episodes
+        told = (
+            "6 of 6 episodes end by a time limit of their own, before Hopper-v4's 1,000 steps"
+            in capsys.readouterr().out
+        )
+        assert told == (mean is None)
+
+
+def test_a_file_of_another_robot_is_refused(folders):
+    arrays = hopper_arrays([(50, "timeouts")] * 6)
+    arrays["observations"][:, 0] -= 1.2
+    arrays["next_observations"][:, 0] -= 1.2
+    assert "is it a file of that robot?" in refused(load_dataset, NAME, write(folders / "mine.hdf5", arrays))
 
 
 def test_a_wrapper_that_cannot_be_made_again(stored):

@@ -297,6 +297,7 @@ def test_normalized_score(robot, mean_return, score):
 def test_closing_lines():
     """The data's own mean is (4 + 3) / 2; a mean of ten only where there are more; no mean of pieces of episodes."""
     data = dataset_of(gym.make("Pendulum-v1", g=5))
+    data.spec.max_episode_steps = 4
     evaluator = Evaluator(data, "auto", 2)
     history = [(step, float(step)) for step in range(10)]
     report = score_report(data, history, evaluator)
