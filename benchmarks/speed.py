@@ -345,7 +345,7 @@ def measure(options: Args) -> dict:
             if not worker.process:
                 print(f"{loop}: {worker.name} left out: {worker.why}", file=sys.stderr)
         here = [worker for worker in workers if worker.process]
-        for number in tqdm(range(options.rounds), desc=LOOPS[loop], unit="round"):
+        for number in tqdm(range(options.rounds), desc=LOOPS[loop], unit="round", disable=None):
             for worker in here[:: 1 if number % 2 else -1]:
                 worker.turn(options.seconds)
         rows = {}

@@ -148,9 +148,8 @@ class Signals:
         if Signals.saving:
             signal.alarm(1)
             return
-        print(
-            f"\nstopped by {Signals.received}, between two checkpoints; {how_to_go_on()}", file=sys.stderr, flush=True
-        )
+        text = f"\nstopped by {Signals.received}, between two checkpoints; {how_to_go_on()}\n"
+        os.write(2, text.encode(errors="backslashreplace"))  # a print may be under way
         os._exit(STOPPED)
 
 

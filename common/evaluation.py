@@ -2,10 +2,8 @@
 
 import copy
 import inspect
-import os
 import reprlib
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from common import UserError
@@ -248,21 +246,19 @@ class Stepper:
     UserError if obs does not tell the simulator's state: known for Hopper, Walker2d and HalfCheetah, -v4 and -v5.
     """
 
-    def __init__(self, dataset, physics: str = "auto", threads: int | None = None):
+    def __init__(self, dataset, physics: str = "auto"):
         self.dataset, self.robot = dataset, robot_of(dataset.spec)
-        physics = dataset.physics if physics == "auto" else physics
-        if self.robot and not dataset.spec.additional_wrappers:
-            self.envs = [make_env(dataset.spec, physics).unwrapped for _ in range(threads or os.cpu_count() or 1)]
-            self.hidden = self.envs[0].model.nq + self.envs[0].model.nv - dataset.obs.shape[1]
-        else:
+        if not self.robot or dataset.spec.additional_wrappers:
             raise UserError(
                 f"{described(dataset.spec)} has no state that can be set from an observation; "
                 "known: Hopper, Walker2d and HalfCheetah, -v4 and -v5, without wrappers"
             )
+        self.env = make_env(dataset.spec, dataset.physics if physics == "auto" else physics).unwrapped
+        self.hidden = self.env.model.nq + self.env.model.nv - dataset.obs.shape[1]
 
     def checkable(self, obs: np.ndarray) -> np.ndarray:
         """Whether obs [N, obs_dim] tells the state: false where a velocity is at the clip -> bool [N]."""
-        velocity = np.abs(obs[:, self.envs[0].model.nq - self.hidden :]).max(1)
+        velocity = np.abs(obs[:, self.env.model.nq - self.hidden :]).max(1)
         return velocity < 10 if self.robot != "halfcheetah" else np.ones(len(obs), bool)
 
     def __call__(self, obs: np.ndarray, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -270,20 +266,17 @@ class Stepper:
 
         Float64 and bool; NaN where the simulator gives up on a state.
         """
-        next_obs, reward, terminated = np.empty(obs.shape), np.empty(len(obs)), np.empty(len(obs), bool)
+        env, next_obs = self.env, np.empty(obs.shape)
+        reward, terminated = np.empty(len(obs)), np.empty(len(obs), bool)
         action = to_box(action, self.dataset.action_low, self.dataset.action_high)
-
-        def steps(env, rows: np.ndarray) -> None:
-            for i in rows:
+        with _quiet():
+            for i in range(len(obs)):
                 mujoco.mj_resetData(env.model, env.data)
                 state = np.concatenate([np.zeros(self.hidden), obs[i]])  # the place along the track is free
                 env.set_state(state[: env.model.nq], state[env.model.nq :])
                 next_obs[i], reward[i], terminated[i], _, _ = env.step(action[i])
                 if env.data.warning.number[int(mujoco.mjtWarning.mjWARN_BADQPOS) :].any():  # it began anew elsewhere
                     next_obs[i], reward[i] = np.nan, np.nan
-
-        with _quiet(), ThreadPoolExecutor(len(self.envs)) as pool:
-            list(pool.map(steps, self.envs, np.array_split(np.arange(len(obs)), len(self.envs))))
         return next_obs, reward, terminated
 
 

@@ -14,7 +14,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -211,7 +210,7 @@ def write_minari(work: Path, name: str, columns: dict, lengths: np.ndarray, data
 
     def fill(file):
         stop = 0
-        for number, length in enumerate(tqdm(lengths, desc=name, unit="rollout", disable=not sys.stderr.isatty())):
+        for number, length in enumerate(tqdm(lengths, desc=name, unit="rollout", disable=None)):
             start, stop = stop, stop + int(length)
             fell = columns["terminals"][stop - 1]
             group = file.create_group(f"episode_{number}")
@@ -256,7 +255,7 @@ def audit(rows: np.ndarray, valid: np.ndarray, dataset: OfflineDataset, physics:
     Errors are in standard deviations of the real data: of a state the root mean square over its dimensions.
     """
     try:
-        simulate = Stepper(dataset, physics, threads=1)
+        simulate = Stepper(dataset, physics)
     except UserError as error:
         return f"not available: {error}"
     places = np.argwhere(valid)

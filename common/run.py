@@ -55,7 +55,7 @@ class Run:
             torch.set_num_threads(args.threads)
         self.made_on = f"cpu with {torch.get_num_threads()} threads" if self.device.type == "cpu" else "cuda"
         self.made_on += " with tf32" if args.tf32 else ""
-        if args.compile and shutil.which(os.environ.get("CXX", "g++")) is None:
+        if args.compile and not reading and shutil.which(os.environ.get("CXX", "g++")) is None:
             raise UserError("--compile needs a C++ compiler: install g++, name another in CXX, or run without it")
         args.exp_name = args.exp_name or Path(sys.modules[type(args).__module__].__file__).stem
         if "/" in args.exp_name or not args.exp_name.isprintable() or len(args.exp_name.encode(errors="replace")) > 100:
@@ -81,8 +81,9 @@ class Run:
             raise UserError(f"{folder} is not the folder of a run: it holds no readable args.json")
         if not (folder / "summary.txt").exists():
             raise UserError(f"{folder} has not finished: give its command again: python {' '.join(content['command'])}")
-        if args.device == "cuda" and not torch.cuda.is_available():
-            args.device = "auto"
+        args.track = False
+        if not torch.cuda.is_available():  # made on a GPU, perhaps
+            args.device, args.tf32 = "cpu", False
         args.run_dir, args.stage_dir = folder.parent, Path(content["cwd"], args.stage_dir)
         args.data_path = args.data_path and Path(content["cwd"], args.data_path)
         run = cls(args, reading=True)

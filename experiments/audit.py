@@ -37,7 +37,7 @@ import torch
 import tyro
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from run_folders import load_run
+from run_folders import load_rollouts
 from torch import nn
 from tqdm import tqdm
 
@@ -212,7 +212,7 @@ class GaussianEnsemble(nn.Module):
         optimizer = torch.optim.Adam(self.parameters(), lr=1e-3)
         train, measured = (~measured).nonzero()[:, 0], measured.nonzero()[:10_000, 0]
         best, best_at, weights = math.inf, 0, self.state_dict()
-        for update in tqdm(range(1, updates + 1), desc="one-step Gaussian models", unit="update"):
+        for update in tqdm(range(1, updates + 1), desc="one-step Gaussian models", unit="update", disable=None):
             index = train[torch.randint(len(train), (5, batch))]
             loss = self.loss(inputs[index], outputs[index])
             optimizer.zero_grad()
@@ -265,7 +265,9 @@ def calibration(parts, options: Args, scale: torch.Tensor) -> dict:
     truth = torch.cat([windows.obs[rows][:, 1:], windows.reward[rows][:, :-1, None]], dim=2) / scale
     torch.manual_seed(0)
     made = []
-    for pairs in tqdm(index.repeat_interleave(options.rollouts).split(1024), desc="rollouts of held-out pairs"):
+    for pairs in tqdm(
+        index.repeat_interleave(options.rollouts).split(1024), desc="rollouts of held-out pairs", disable=None
+    ):
         known = windows.obs[windows.start[pairs]], windows.action[pairs], windows.return_to_go[pairs, None]
         obs, *_, reward = script.sample_rollouts(args, parts.world_model, *known)
         made.append(torch.cat([obs[:, 1:], reward[..., None]], dim=2))
@@ -328,20 +330,21 @@ def audit(parts, options: Args) -> dict:
     result["action spread"] = [*spreads, 1.0]
     physics = dataset.physics if options.physics == "auto" else options.physics
     try:
-        stepper = Stepper(dataset, physics, options.threads)
+        stepper = Stepper(dataset, physics)
     except UserError as error:
         result["no simulator"] = str(error)
     else:
         judged = {f"step {h}": (stepper, part) for h, part in enumerate(steps)} | {"real": (stepper, real)}
         if dataset.spec.version == 4:
             other = {"d4rl": "stock", "stock": "d4rl"}[physics]
-            judged[f"real, physics {other}"] = Stepper(dataset, other, options.threads), real
+            judged[f"real, physics {other}"] = Stepper(dataset, other), real
         units = obs_sd, reward_sd, names
         result["simulator"] = {
-            name: check(*pair, *units) for name, pair in tqdm(judged.items(), desc="the simulator", unit="part")
+            name: check(*pair, *units)
+            for name, pair in tqdm(judged.items(), desc="the simulator", unit="part", disable=None)
         }
         result["action"] = []
-        for part in tqdm(steps, desc="explaining actions", unit="step"):
+        for part in tqdm(steps, desc="explaining actions", unit="step", disable=None):
             few = part[stepper.checkable(part.obs)][: max(1, options.actions // len(steps))]
             few = few[np.isfinite(stepper(few.obs, few.action)[0]).all(1)]
             _, left, its_part = explaining_action(stepper, few, obs_sd)
@@ -422,7 +425,7 @@ def draw(result: dict, path: Path) -> None:
 
 def main(options: Args) -> None:
     torch.set_num_threads(options.threads)
-    parts = load_run(options.run)
+    parts = load_rollouts(options.run)
     result = audit(parts, options)
     print(table(result))
     write_text(options.run / "audit.json", json.dumps(result, indent=1) + "\n")

@@ -51,7 +51,7 @@ def plan_rewards(parts, stepper: Stepper, first: torch.Tensor, target: float, sc
 def measure(seed: int) -> list[dict]:
     args = Args(**LAPTOP | dict(env_id=ENV_ID, laptop=True, seed=seed, device="cpu", exp_name="dd_guidance"))
     parts = main(args)
-    stepper = Stepper(parts.dataset, args.physics, threads=1)
+    stepper = Stepper(parts.dataset, args.physics)
     targets = np.percentile(parts.windows.return_to_go.numpy(), PERCENTILES).tolist()
     start = parts.windows.start[parts.windows.start + args.plan_horizon - 1 <= parts.windows.final]  # whole windows
     start = start[torch.linspace(0, len(start) - 1, 1000).long()]

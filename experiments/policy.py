@@ -11,7 +11,6 @@ The picture is gymnasium's where OpenGL works, else a stick figure of the three 
 """
 
 import copy
-import importlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +29,7 @@ import tyro
 from gymnasium.envs.mujoco import MujocoEnv
 from PIL import Image, ImageDraw
 from render import View, capsules, choose_renderer, draw_sticks, write_gif
-from run_folders import read_args
+from run_folders import load_run
 from tqdm import tqdm
 
 FRAMES, MILLISECONDS, SIZE = 250, 40, 256  # of the GIF: at most; of each; pixels of a side
@@ -50,7 +49,7 @@ class Args:
 def main(args: Args) -> None:
     if args.gif and (args.gif.suffix != ".gif" or not args.gif.absolute().parent.is_dir()):
         raise UserError(f"--gif {args.gif} must end in .gif and lie in a folder that exists")
-    parts = load(args.run)
+    parts = load_run(args.run)
     physics = parts.evaluator.physics if args.physics == "auto" else args.physics
     seed = parts.args.seed + 100 if args.seed is None else args.seed
     evaluator = Evaluator(parts.dataset, physics, args.episodes)
@@ -69,16 +68,6 @@ def main(args: Args) -> None:
         print(row("the data's episodes", parts.dataset.returns, evaluator))
     if args.gif:
         show(parts, physics, seed, args.gif)
-
-
-def load(folder: Path) -> SimpleNamespace:
-    """The parts of a finished run, by the `load_run` of its own script."""
-    module = read_args(folder).get("module", "")
-    try:
-        script = importlib.import_module(module)
-    except (ImportError, ValueError):
-        raise UserError(f"{folder} was made by {module or 'an old version'}, which is not here; put that script back")
-    return script.load_run(folder)
 
 
 def policy_of(parts: SimpleNamespace, evaluator: Evaluator):

@@ -34,7 +34,7 @@ import mujoco
 import numpy as np
 import tyro
 from PIL import Image, ImageDraw, ImageFont
-from run_folders import load_run
+from run_folders import load_rollouts
 from tqdm import tqdm
 
 RANKED = 1000  # rollouts that --pick chooses from, drawn at random with a fixed seed
@@ -133,7 +133,7 @@ def choose(options: Args, parts, stepper: Stepper) -> list[Rollout]:
 
     def show(number: int) -> Rollout:
         columns = [column.numpy() for column in rows[number][valid[number]].split(sizes, dim=1)]
-        return simulate(stepper.envs[0], columns, number, std, rule)
+        return simulate(stepper.env, columns, number, std, rule)
 
     known = stepper.checkable(rows[:, 0, : len(std)].numpy())
     if options.rollout:
@@ -144,7 +144,7 @@ def choose(options: Args, parts, stepper: Stepper) -> list[Rollout]:
                 raise UserError(f"--rollout {number}: the simulator cannot go on from its first state; take another")
         return [show(number) for number in options.rollout]
     numbers = np.sort(np.random.default_rng(0).permutation(np.flatnonzero(known))[:RANKED])
-    ranked = [show(number) for number in tqdm(numbers, desc="simulate", unit=" rollout")]
+    ranked = [show(number) for number in tqdm(numbers, desc="simulate", unit=" rollout", disable=None)]
     ranked = sorted((found for found in ranked if np.isfinite(found.error).all()), key=lambda found: found.mean_error)
     if not ranked:
         raise UserError(f"{options.run} holds no rollout that the simulator can follow")
@@ -323,7 +323,9 @@ def draw_frames(env, renderer: str, size: int, rollouts: list[Rollout], sheet: S
         boxes.append((ends[:, 0].min(), ends[:, 0].max(), ends[:, 1].max()))
     span = min(max(max(right - left, high / 0.88) for left, right, high in boxes) + 0.2, WIDEST)
     frames = []
-    bar = tqdm(total=sum(len(rollout.error) for rollout in rollouts), desc=f"draw ({renderer})", unit=" frame")
+    bar = tqdm(
+        total=sum(len(rollout.error) for rollout in rollouts), desc=f"draw ({renderer})", unit=" frame", disable=None
+    )
     for rollout, both, sides, (left, right, _) in zip(rollouts, poses, shapes, boxes, strict=True):
         view = View(large, span, (left + right) / 2)
         for step in range(len(rollout.error)):
@@ -363,9 +365,9 @@ def write_gif(path: Path, frames: list[Image.Image], durations: list[int]) -> in
 def main(options: Args) -> None:
     if options.out is not None and options.out.suffix != ".gif":
         raise UserError(f"--out {options.out} must end in .gif")
-    renderer, parts = choose_renderer(options.renderer), load_run(options.run)
-    stepper = Stepper(parts.dataset, parts.args.physics, threads=1)
-    rollouts, env = choose(options, parts, stepper), stepper.envs[0]
+    renderer, parts = choose_renderer(options.renderer), load_rollouts(options.run)
+    stepper = Stepper(parts.dataset, parts.args.physics)
+    rollouts, env = choose(options, parts, stepper), stepper.env
     sheet = Sheet(options.size, parts.args.env_id, parts.dataset.healthy_low is not None)
     frames = draw_frames(env, renderer, options.size, rollouts, sheet)
     hold = round(1000 / options.fps)

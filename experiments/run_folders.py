@@ -15,17 +15,23 @@ from common import UserError  # noqa: E402
 
 
 def load_run(folder: Path) -> SimpleNamespace:
-    """What `load_run` of the run's own script gives, and that `script`. UserError if the run made no rollouts."""
+    """What `load_run` of the run's own script gives, and that `script`."""
     module = read_args(folder).get("module", "")
     try:
         script = importlib.import_module(module)
     except (ImportError, ValueError):
         raise UserError(f"{folder} was made by {module or 'an old version'}, which is not here; put that script back")
     parts = script.load_run(folder)
+    parts.script = script
+    return parts
+
+
+def load_rollouts(folder: Path) -> SimpleNamespace:
+    """The same of a run that keeps a world model's rollouts, else UserError."""
+    parts = load_run(folder)
     if getattr(parts, "rollouts", None) is None or getattr(parts, "world_model", None) is None:
         raise UserError(f"{folder} holds no rollouts of a world model; give a run of dawm_td3bc.py, say, without "
                         "--synthetic-fraction 0 or --synthesis online")  # fmt: skip
-    parts.script = script
     return parts
 
 

@@ -18,7 +18,7 @@ from common.run import Run
 import numpy as np
 import torch
 import tyro
-from run_folders import load_run
+from run_folders import load_rollouts
 
 REPLACED = {  # the run's name: columns of a row that the simulator gives
     "as_generated": (),
@@ -58,7 +58,7 @@ def true_rows(parts) -> torch.Tensor:
 
 
 def main(options: Args) -> None:
-    parts = load_run(options.run)
+    parts = load_rollouts(options.run)
     sizes = parts.script.row_sizes(parts.dataset.obs.shape[1], parts.dataset.action.shape[1])
     columns = dict(zip(("obs", "action", "reward", "next_obs", "terminated"), np.cumsum([0, *sizes]), strict=False))
     true = true_rows(parts)

@@ -195,7 +195,7 @@ def make(args: Args, recipe: dict, policies: list[Policy], folder: Path, work: P
     """Roll out, write under the Minari root `work`, and put the finished folder in place with a rename."""
     robot, quality = ENV_IDS[args.env_id]
     envs = [make_env(SIMULATOR[robot], "d4rl") for _ in range(PARALLEL_EPISODES)]
-    with tqdm(total=args.steps, desc=args.env_id, unit="step") as progress:
+    with tqdm(total=args.steps, desc=args.env_id, unit="step", disable=None) as progress:
         buffers = roll_out(policies, envs, args.steps, args.seed, progress)
     with minari_writes_to(work):
         minari.create_dataset_from_buffers(

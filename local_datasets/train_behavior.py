@@ -254,7 +254,13 @@ def train(args: Args) -> None:
         print(f"resumed {path} at step {step}")
     rows = [row for row in _read_log(log_path) if int(row["step"]) <= step]
     last_save = time.monotonic()
-    bar = tqdm(total=args.total_steps, initial=step, desc=f"SAC {args.robot}", unit="step", mininterval=5)
+    bar = tqdm(
+        total=args.total_steps,
+        initial=step,
+        desc=f"SAC {args.robot}",
+        unit="step",
+        mininterval=5 if sys.stderr.isatty() else 30,
+    )
     obs = _restore_simulator(env, simulator, args.seed, episode) if simulator else None
     in_episode = simulator.get("steps", 0)  # each episode has a seed of its own, so no stream of the simulator is kept
     while step < args.total_steps:

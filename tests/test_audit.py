@@ -32,7 +32,7 @@ def hopper():
         spec=env.spec, physics="d4rl", obs=rows.obs, action_low=env.action_space.low, action_high=env.action_space.high
     )
     sd = rows.obs.std(0) + 1e-6
-    return SimpleNamespace(rows=rows, sd=sd, stepper=lambda physics: Stepper(dataset, physics, threads=1))
+    return SimpleNamespace(rows=rows, sd=sd, stepper=lambda physics: Stepper(dataset, physics))
 
 
 def judged(hopper, rows, physics="d4rl") -> dict:
@@ -141,10 +141,10 @@ def test_a_run_is_audited(toy_run, capsys):
 
 def test_an_exact_set_has_no_error(toy_run, monkeypatch):
     """Rows that are the data themselves get the floor's errors, and their own actions explain them."""
-    parts = audit.load_run(toy_run)
+    parts = audit.load_rollouts(toy_run)
     real = parts.script.real_transitions(parts.dataset, torch.device("cpu"))[:, None]
     parts.rollouts, parts.args.horizon = {"rows": real, "valid": torch.ones(real.shape[:2], dtype=torch.bool)}, 0
-    monkeypatch.setattr(audit, "load_run", lambda folder: parts)
+    monkeypatch.setattr(audit, "load_rollouts", lambda folder: parts)
     found = audited(toy_run, pairs=0)
     exact = found["simulator"]["step 0"]
     assert exact["state"]["max"] < 1e-5 and exact["falls"]["told"] == exact["falls"]["both"]
@@ -162,8 +162,8 @@ def test_without_a_simulator_the_data_alone_tell(toy_run, monkeypatch, capsys):
 
 def test_bad_runs_are_told(toy_run, tmp_path):
     with pytest.raises(UserError, match="is not the folder of a run"):
-        audit.load_run(tmp_path)
+        audit.load_rollouts(tmp_path)
     content = json.loads((toy_run / "args.json").read_text())
     (tmp_path / "args.json").write_text(json.dumps(content | {"module": "gone"}))
     with pytest.raises(UserError, match="was made by gone, which is not here"):
-        audit.load_run(tmp_path)
+        audit.load_rollouts(tmp_path)

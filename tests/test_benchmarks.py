@@ -85,7 +85,7 @@ def test_columns_are_replaced_by_what_the_simulator_does(toy, tmp_path):
     """True rows of rollouts that are real rows are those rows, but for their rounding; each line trains."""
     hopper_run("dawm_td3bc", toy, *TOY, "--horizon", "3", "--exp-name", "replaced")
     folder = next((toy / "runs").glob("*__replaced__*"))
-    parts = true_dynamics.load_run(folder)
+    parts = true_dynamics.load_rollouts(folder)
     real = parts.script.real_transitions(parts.dataset, torch.device("cpu"))[:, None]
     parts.rollouts = {"rows": real, "valid": torch.ones(real.shape[:2], dtype=torch.bool)}
     torch.testing.assert_close(true_dynamics.true_rows(parts), real, rtol=0, atol=1e-4)

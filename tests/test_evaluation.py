@@ -207,7 +207,7 @@ def test_single_steps_equal_the_environment(robot, arguments, version, physics):
         rows.append((obs, action, next_obs, reward, terminated))
         obs = env.reset()[0] if terminated else next_obs
     obs, action, *outcome = map(np.array, zip(*rows, strict=True))
-    stepper = Stepper(dataset_of(whole, physics), "auto", threads=2)
+    stepper = Stepper(dataset_of(whole, physics), "auto")
     for expected, made in zip(outcome, stepper(obs, action), strict=True):
         np.testing.assert_array_equal(made, expected)
     assert outcome[2].any() == (robot != "HalfCheetah")

@@ -53,7 +53,7 @@ def show(monkeypatch, tmp_path, capsys):
     """show(parts, ...): the two pictures of each frame of the GIF, and what was printed."""
 
     def run(parts, **options) -> tuple[list, str]:
-        monkeypatch.setattr(render, "load_run", lambda folder: parts)
+        monkeypatch.setattr(render, "load_rollouts", lambda folder: parts)
         given = dict(run=tmp_path, renderer="sticks", size=SIZE) | options
         render.main(render.Args(**given))
         sheet = render.Sheet(SIZE, "", True)
