@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import replace
 
 from baselines import decision_diffuser as script
@@ -21,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from toy import TINY, child, hopper_arguments, hopper_run, linear_dataset, refusal, run, start
+from toy import TINY, Training, child, hopper_arguments, hopper_run, linear_dataset, metrics, refusal, run, start
 
 SMALL = dict(TINY, plan_horizon=8, idm_width=16, target_return=0.5)
 TOY = "--laptop --eval-episodes 2 --log-every 5 --device cpu --world-model-steps 60 --unet-width 8".split()
@@ -236,22 +235,6 @@ def test_a_warm_start_denoises_the_last_plan_from_the_stated_step():
 # ---- Learning
 
 
-class Training:
-    """As much of a Run as train_decision_diffuser needs."""
-
-    device = torch.device("cpu")
-
-    def seed(self, *_):
-        torch.manual_seed(0)
-
-    def log(self, *_):
-        pass
-
-    @contextmanager
-    def stage(self, _function, total, *_, **__):
-        yield range(1, total + 1)
-
-
 def test_it_learns_to_plan_what_the_system_can_do_and_more_for_a_higher_return():
     """Linear system whose reward is its first state: a plan asked for more has a larger one; actions are the true ones.
 
@@ -303,12 +286,6 @@ def finished(toy):
     text = hopper_run("baselines.decision_diffuser", toy, *TOY)
     (folder,) = (toy / "runs").glob("*__decision_diffuser__*")
     return folder, text
-
-
-def metrics(folder):
-    """All that a run logged but its times."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if not any(name.startswith("time/") for name in line)]
 
 
 def test_to_a_score_and_another_target_needs_no_new_training(finished, toy):

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import time
-from contextlib import contextmanager
 
 from variants import joint_td3bc as script
 
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy import TINY, TOY_AGENT, TOY_WORLD_MODEL, child, hopper_arguments, linear_dataset, run, start
+from toy import TINY, TOY_AGENT, TOY_WORLD_MODEL, Training, child, hopper_arguments, linear_dataset, metrics, run, start
 
 KNOWN_FIRST, KNOWN_LAST = slice(0, 4), slice(2, 5)  # channels of the linear system: two obs, two action, one reward
 TOY_JOINT = [*TOY_AGENT, *TOY_WORLD_MODEL]
@@ -129,22 +128,6 @@ def test_a_row_has_states_actions_and_rewards_of_one_rollout(horizon, double):
 # ---- Learning on the linear system
 
 
-class Training:
-    """As much of a Run as train_world_model needs."""
-
-    device = torch.device("cpu")
-
-    def seed(self, *_):
-        torch.manual_seed(0)
-
-    def log(self, *_):
-        pass
-
-    @contextmanager
-    def stage(self, _function, total, *_, **__):
-        yield range(1, total + 1)
-
-
 def test_generated_actions_explain_the_generated_states():
     """a = (s' - 0.9 s) / 0.3 from generated states: far nearer to the rollout's own action than to another rollout's.
 
@@ -173,12 +156,6 @@ def finished(toy):
     assert result.code == 0, result.text[-2000:]
     (folder,) = (toy / "runs").glob("*__joint_td3bc__*")
     return folder, result.text
-
-
-def metrics(folder):
-    """All that a run logged but its times."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if not any(name.startswith("time/") for name in line)]
 
 
 def test_to_a_score_without_inverse_dynamics(finished):

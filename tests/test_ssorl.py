@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import time
-from contextlib import contextmanager
 from dataclasses import replace
 
 from baselines import ssorl as script
@@ -18,7 +17,19 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy import TOY_AGENT, TOY_IDM, context, hopper_arguments, hopper_file, hopper_run, linear_dataset, refusal, start
+from toy import (
+    TOY_AGENT,
+    TOY_IDM,
+    Training,
+    context,
+    hopper_arguments,
+    hopper_file,
+    hopper_run,
+    linear_dataset,
+    metrics,
+    refusal,
+    start,
+)
 
 CPU = torch.device("cpu")
 LENGTHS = np.array([20, 10, 30, 5, 15, 25, 12, 18, 7, 8])
@@ -35,39 +46,6 @@ def by_return(dataset):
     """Numbers of the trajectories, the worst first: from a plain sum."""
     returns = [sum(float(dataset.reward[row]) for row in rows) for rows in ROWS]
     return sorted(range(10), key=returns.__getitem__)
-
-
-class Training:
-    """As much of a Run as the stages before the agent need."""
-
-    device = CPU
-
-    def __init__(self):
-        self.logged = {}
-
-    def seed(self, *_):
-        torch.manual_seed(0)
-
-    def log(self, _step, values):
-        for name, value in values.items():
-            self.logged.setdefault(name, []).append(torch.as_tensor(value).item())
-
-    @contextmanager
-    def stage(self, _function, total, *_, **__):
-        yield Loop(total)
-
-
-class Loop:
-    def __init__(self, total):
-        self.total, self.at = total, 0
-
-    def __iter__(self):
-        return iter(range(1, self.total + 1))
-
-    def over(self, items):
-        for item in items:
-            yield item
-            self.at += len(item)
 
 
 # ---- Section 2: which trajectories stay, and which keep their actions
@@ -246,12 +224,6 @@ def finished(toy):
     text = hopper_run("baselines.ssorl", toy, *toy_iql)
     (folder,) = (toy / "runs").glob("*__ssorl__*")
     return folder, text, toy_iql
-
-
-def metrics(folder):
-    """All that a run logged but its times."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if not any(name.startswith("time/") for name in line)]
 
 
 def test_both_agents_reach_a_score(finished, toy):

@@ -1,10 +1,12 @@
 """Small data, and short runs of the scripts in children of one warm process, since starting Python takes longer."""
 
 import importlib
+import json
 import multiprocessing
 import os
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -155,3 +157,39 @@ def refusal(script, arguments, folder, capsys, monkeypatch) -> str:
     error = capsys.readouterr().err
     assert error.count("\n") == 1, error
     return error
+
+
+def metrics(folder: Path) -> list[dict]:
+    """All that a run logged but its times."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if not any(name.startswith("time/") for name in line)]
+
+
+class Training:
+    """As much of a Run as a training needs, for a test that calls it alone: no folder, nothing kept."""
+
+    device = torch.device("cpu")
+
+    def __init__(self):
+        self.logged, self.at = {}, 0
+
+    def seed(self, *_):
+        torch.manual_seed(0)
+
+    def log(self, _step, values):
+        for name, value in values.items():
+            self.logged.setdefault(name, []).append(torch.as_tensor(value).item())
+
+    @contextmanager
+    def stage(self, _function, total, *_, **__):
+        self.total = total
+        yield self
+
+    def __iter__(self):
+        return iter(range(1, self.total + 1))
+
+    def over(self, items):
+        self.at = 0
+        for item in items:
+            yield item
+            self.at += len(item)
