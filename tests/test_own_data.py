@@ -4,7 +4,11 @@ import importlib
 import json
 import os
 
+from common import export
+from common.data import load_dataset
+from common.evaluation import described
 from common.export import minari_writes_to
+from dawm_td3bc import load_run
 
 import gymnasium as gym
 import minari
@@ -59,7 +63,7 @@ def returns_in_its_own_environment(module: str, folder, name: str) -> None:
 def test_every_script_is_scored_in_the_sets_own_environment(folders, wrapped):
     env, name = gym.make("Pendulum-v1"), "own/pendulum-v0"
     record(gym.wrappers.RescaleAction(env, -1.0, 1.0) if wrapped else env, name)
-    for module, options in SCRIPTS.items() if not wrapped else [("dawm_td3bc", TOY_IDM)]:
+    for module, options in SCRIPTS.items():
         small = [*TOY_AGENT, *(TOY_WORLD_MODEL if module != "baselines.ssorl" else []), *options]
         result = run(module, ["--env-id", name, *folders_below(folders), *small], folders)
         assert result.code == 0 and "no D4RL reference" in result.text, (module, result.text[-2000:])
@@ -71,3 +75,15 @@ def test_every_script_is_scored_in_the_sets_own_environment(folders, wrapped):
         process.join()
         assert log.read_text().splitlines()[-1] == f"mean {final!r}", module
         assert f"return {final:8.1f}" in result.text
+    words = (
+        "--laptop --device cpu --world-model-steps 30 --unet-width 8 --idm-width 16 --plan-horizon 8 --eval-episodes 1"
+    )
+    result = run("baselines.decision_diffuser", ["--env-id", name, *folders_below(folders), *words.split()], folders)
+    assert result.code == 0 and "no D4RL reference" in result.text, result.text[-2000:]
+    (folder,) = folders.glob("runs/*__dawm_td3bc__*")
+    export.main(export.Args(folder, minari="own/made-v0"))
+    rows, exported = load_run(folder).rollouts, load_dataset("own/made-v0")
+    assert np.array_equal(exported.action, rows["rows"][rows["valid"]][:, 3:4].numpy())
+    assert described(exported.spec) == described(load_dataset(name).spec)  # the wrapper too
+    stored = np.concatenate([episode.actions for episode in minari.load_dataset("own/made-v0").iterate_episodes()])
+    assert np.array_equal(stored, exported.action if wrapped else 2 * exported.action)  # as the environment takes them
