@@ -67,7 +67,6 @@ class Args(RunArgs):
     model_horizon: Count = 7  # H of the world model's windows [unspecified]; rollouts may take fewer steps [DWM]
     gamma: Share = 0.99  # discount of return-to-go and agent [DAWM Tab. 7]
     return_to_go: Literal["episode", "window"] = "episode"  # sum to its end, [deviation] below; window as printed
-    normalizer: Literal["limits", "gaussian"] = "limits"  # range or standard deviations; [deviation] DWM: CDF
 
     # ---- World model
     world_model_seed: Seed = 100  # seed of the diffusion training [DAWM Tab. 7]
@@ -77,8 +76,9 @@ class Args(RunArgs):
     world_model_holdout: Annotated[float, (0, 0.9)] = 0.05  # share of episodes for the held-out loss [unspecified]
     unet_width: Annotated[int, (8, math.inf)] = 128  # channels of the U-Net's first level [unspecified], DD's code
     unet_multipliers: Annotated[tuple[int, ...], (1, math.inf)] = (1, 4, 8)  # of each level [unspecified], DD's
+    outcome_width: Count = 1024  # units of the network from the real pair straight to the window [unspecified]
     diffusion_steps: Count = 5  # K [DAWM Tab. 7]
-    prediction: Literal["noise", "x0"] = "noise"  # predict noise [DAWM Eq. 2], or the clean window: not in the paper
+    loss: Literal["noise", "x0"] = "noise"  # error of the noise [DAWM Eq. 2], or of the clean window: not in the paper
     cond_drop_prob: Share = 0.25  # share of samples trained without return-to-go [DAWM App.]
     ema_decay: Share = 0.995  # of the averaged weights ("Adam decay") [DAWM Tab. 7]
     ema_every: Count = 10  # updates between two averagings [DWM App.]
@@ -129,13 +129,16 @@ AGENTS = {"td3bc": dict(policy_delay=2, lambda_return=False), "iql": dict(policy
 LAPTOP = dict(
     horizon=1,
     threads=1,  # a second one gains 15% at these sizes, and loses tenfold when another process wants the core
-    prediction="x0",
-    normalizer="gaussian",
+    loss="x0",
     target_return="own",
     world_model_steps=15_000,
     world_model_lr=1e-3,
     unet_width=32,
     unet_multipliers=(1, 2),
+    outcome_width=512,
+    sampling_steps=5,
+    sampling_temperature=1.0,
+    guidance_scale=1.0,
     rollouts="stored",
     synthesis_batch_size=1024,
     termination="rule",
@@ -213,8 +216,8 @@ def target_return(args: Args) -> float | str:
 class Windows:
     """All windows of H+2 states and H+1 rewards, one for each real pair (state, action); gathered when asked for.
 
-    H is model_horizon. Token i of a window holds the state at step i and the reward at step i; the last token's reward
-    slot is 0. No window crosses an episode's end. UserError if no episode is long enough.
+    H is model_horizon. `tokens` [N + E, obs_dim + 1]: what the step from a row brings, the change of state and the
+    reward; nothing changes behind an episode's end, which no window crosses. UserError if no episode is long enough.
     """
 
     def __init__(self, args: Args, dataset: OfflineDataset, device: torch.device):
@@ -225,17 +228,19 @@ class Windows:
         for name, value in vars(self).items():
             if isinstance(value, np.ndarray):
                 setattr(self, name, torch.as_tensor(value, device=device))
+        self.tokens = torch.cat([self.change, self.reward[:, None]], dim=1)
         self.offsets = torch.arange(args.model_horizon + 2, device=device)
         self.healthy = None  # the simulator's rule for falls, where it is known
         if dataset.healthy_low is not None:
             self.healthy = tuple(torch.as_tensor(x, device=device) for x in (dataset.healthy_low, dataset.healthy_high))
 
     def number_states(self, dataset: OfflineDataset) -> None:
-        """obs [N + E, obs_dim]: an episode of T transitions has T+1 states, so its rows shift by its number. `start`
-        and `final` [N] are the rows of a pair's own state and of its episode's last one."""
+        """obs and change [N + E, obs_dim]: an episode of T transitions has T+1 states, so its rows shift by its number.
+        `start` and `final` [N] are the rows of a pair's own state and of its episode's last one."""
         self.episode = np.repeat(np.arange(len(dataset.lengths)), dataset.lengths)  # of each pair
         self.last = np.cumsum(dataset.lengths) - 1  # last pair of each episode
         self.obs = np.insert(dataset.obs, self.last + 1, dataset.next_obs[self.last], axis=0)
+        self.change = np.insert(dataset.next_obs - dataset.obs, self.last + 1, 0, axis=0)
         self.start = np.arange(len(self.episode)) + self.episode
         self.final = (self.last + 1 + np.arange(len(self.last)))[self.episode]
 
@@ -291,22 +296,17 @@ class Windows:
 
 # Copied from dawm_td3bc.py
 class Normalizer(nn.Module):
-    """Each dimension of values [N, dim] to the diffusion's units and back, clipped to the data's range.
+    """Each dimension of values [N, dim] to mean 0 and standard deviation 1 and back, clipped to the data's range.
 
-    limits: minimum and maximum to -1 and 1. gaussian: mean 0, standard deviation 1. `low` and `high` [dim] are the
-    data's range in these units; a dimension that never changes is 0.
+    `low` and `high` [dim] are that range in these units; a dimension that never changes is 0.
     """
 
-    def __init__(self, values: torch.Tensor, kind: str):
+    def __init__(self, values: torch.Tensor):
         super().__init__()
         low, high = values.amin(0), values.amax(0)
-        if kind == "limits":
-            shift, scale = (high + low) / 2, (high - low) / 2
-        else:
-            shift, scale = values.mean(0), values.std(0) + 1e-6
-        changes = high > low
+        changes, scale = high > low, values.std(0) + 1e-6
         scale = torch.where(changes, scale, torch.ones_like(scale))
-        self.register_buffer("shift", torch.where(changes, shift, low))
+        self.register_buffer("shift", torch.where(changes, values.mean(0), low))
         self.register_buffer("scale", scale)
         self.register_buffer("low", (low - self.shift) / scale)
         self.register_buffer("high", (high - self.shift) / scale)
@@ -379,13 +379,13 @@ class ResidualBlock(nn.Module):
 
 # Copied from dawm_td3bc.py
 class TemporalUNet(nn.Module):
-    """Denoiser of a window x [B, L, channels], given diffusion step k [B], action [B, action_dim], return-to-go [B, 1].
+    """Denoiser of a window x [B, L, channels], given diffusion step k [B], pair [B, pair_dim], return-to-go [B, 1].
 
     `keep` [B, 1] is 1 or 0: a dropped return-to-go has a zero embedding [DD code]. Output [B, L, channels].
-    60,717,580 parameters for Hopper at paper scale.
+    60,718,988 parameters for Hopper at paper scale.
     """
 
-    def __init__(self, channels: int, action_dim: int, width: int, multipliers: tuple[int, ...]):
+    def __init__(self, channels: int, pair_dim: int, width: int, multipliers: tuple[int, ...]):
         super().__init__()
 
         def mlp3(in_dim):  # condition networks of three layers [DAWM App.]
@@ -394,7 +394,7 @@ class TemporalUNet(nn.Module):
             )
 
         self.embed_k = nn.Sequential(nn.Linear(width, 4 * width), nn.Mish(), nn.Linear(4 * width, width))
-        self.embed_action, self.embed_return = mlp3(action_dim), mlp3(1)
+        self.embed_pair, self.embed_return = mlp3(pair_dim), mlp3(1)
         half, embed_dim = width // 2, 3 * width
         self.register_buffer("frequencies", torch.exp(torch.arange(half) * -math.log(10_000) / (half - 1)))
         self.mish = nn.Mish()
@@ -413,10 +413,10 @@ class TemporalUNet(nn.Module):
         self.head_conv, self.head_norm = nn.Conv1d(sizes[1], width, 5, padding=2), nn.GroupNorm(8, width)
         self.head = nn.Conv1d(width, channels, 1)
 
-    def forward(self, x, k, action, return_to_go, keep):
+    def forward(self, x, k, pair, return_to_go, keep):
         angle = k[:, None] * self.frequencies
         embedding = [self.embed_k(torch.cat([angle.sin(), angle.cos()], 1)), self.embed_return(return_to_go) * keep]
-        embedding = self.mish(torch.cat([*embedding, self.embed_action(action)], dim=1))  # [B, 3 * width]
+        embedding = self.mish(torch.cat([*embedding, self.embed_pair(pair)], dim=1))  # [B, 3 * width]
         x, skips = x.transpose(1, 2), []  # [B, channels, L]
         for block1, block2, shorten in self.down:
             x = block2(block1(x, embedding), embedding)
@@ -427,51 +427,72 @@ class TemporalUNet(nn.Module):
         for block1, block2, lengthen in self.up:
             x = torch.cat([x, skips.pop()], dim=1)
             x = lengthen(block2(block1(x, embedding), embedding))
-            x = x[..., : skips[-1].shape[2]]  # 9 tokens become 5, then 10: the last is cropped [unspecified]
+            x = x[..., : skips[-1].shape[2]]  # 7 tokens become 4, then 8: the last is cropped [unspecified]
         return self.head(self.mish(self.head_norm(self.head_conv(x)))).transpose(1, 2)
+
+
+# Copied from dawm_td3bc.py
+class Denoiser(nn.Module):
+    """The U-Net [DD code] and, beside it, `outcome`: from the pair straight to all that follows from it alone.
+
+    [unspecified] Through the U-Net's narrow conditions the next state is learned half as exactly (docs/method.md).
+    """
+
+    def __init__(self, args: Args, length: int, channels: int, pair_dim: int):
+        super().__init__()
+        self.unet = TemporalUNet(channels, pair_dim, args.unet_width, args.unet_multipliers)
+        layers = [nn.Linear(pair_dim, args.outcome_width), nn.Mish()]
+        layers += [nn.Linear(args.outcome_width, args.outcome_width), nn.Mish()]
+        self.outcome = nn.Sequential(*layers, nn.Linear(args.outcome_width, length * channels))
+
+    def forward(self, x, k, pair, return_to_go, keep):  # as the U-Net's
+        return self.unet(x, k, pair, return_to_go, keep) + self.outcome(pair).view(x.shape)
 
 
 # Copied from dawm_td3bc.py
 class WorldModel(nn.Module):
     """p(next states, rewards | state, action, return-to-go) [DAWM Eq. 1]: a denoiser and the units it works in.
 
-    The window x [B, H+2, obs_dim + 1] is normalised. Two places in it are known, not generated (`generated` is 0
-    there): the first state, put back before every network call [DD Alg. 1], and the last reward slot, which no data
-    defines, kept 0. `denoiser` has the averaged weights [DWM App.]; training moves a copy of it.
+    Token h of a window x [B, H+1, obs_dim + 1] is what step h brings, normalised: the change of state and the reward.
+    [unspecified] In units of the states it would be lost: one step of Hopper moves a position by 0.04 of its standard
+    deviation, no more than a denoiser errs. `denoiser` has the averaged weights [DWM App.]; training moves a copy.
     """
 
     def __init__(self, args: Args, windows: Windows):
         super().__init__()
         self.args, self.obs_dim, action_dim = args, windows.obs.shape[1], windows.action.shape[1]
-        self.units = Normalizer(torch.cat([windows.obs, windows.reward[:, None]], dim=1), args.normalizer)
-        generated = torch.ones(args.model_horizon + 2, self.obs_dim + 1)
-        generated[0, : self.obs_dim] = generated[-1, -1] = 0
-        self.register_buffer("generated", generated)
+        self.obs_units = Normalizer(windows.obs)
+        self.register_buffer("obs_range", torch.stack([windows.obs.amin(0), windows.obs.amax(0)]))
+        self.units = Normalizer(windows.tokens)
         self.register_buffer("alpha_bar", cosine_alpha_bar(args.diffusion_steps).float())
-        denoiser = TemporalUNet(self.obs_dim + 1, action_dim, args.unet_width, args.unet_multipliers)
-        self.denoiser = fast.on_cpu(denoiser, args.compile)
+        sizes = args.model_horizon + 1, self.obs_dim + 1, self.obs_dim + action_dim
+        self.denoiser = fast.on_cpu(Denoiser(args, *sizes), args.compile)
 
-    def pin(self, x: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
-        """x with the known places of the clean window x0 put back."""
-        return torch.where(self.generated > 0, x, x0)
+    def pair(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        """State and action that a window starts from, as the denoiser takes them [B, obs_dim + action_dim]."""
+        return torch.cat([self.obs_units.normalize(obs), action], dim=1)
 
     def q_sample(self, x0: torch.Tensor, k: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Noised window x_k = sqrt(alpha_bar_k) x0 + sqrt(1 - alpha_bar_k) noise [DAWM Eq. 2], k [B] in 1..K."""
         alpha_bar = self.alpha_bar[k][:, None, None]
         return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
 
-    def loss(self, denoiser: nn.Module, x0, action, return_to_go, keep) -> torch.Tensor:
-        """Mean squared error of the prediction over the generated places [DAWM Eq. 2].
+    def loss(self, denoiser: nn.Module, x0, pair, return_to_go, keep) -> torch.Tensor:
+        """Mean squared error of the predicted noise [DAWM Eq. 2], or of x0.
 
+        [unspecified] The network says x0: at k = K (of 5) a network's error in the noise would be multiplied by 103.
         [deviation] Eq. 2 drops the whole condition; as in [DWM App.] only the return-to-go is dropped (`keep` 0), so
         that guidance pushes the return and leaves the rollout tied to its state and action.
         """
         k = torch.randint(1, len(self.alpha_bar), (len(x0),), device=x0.device)
         noise = torch.randn_like(x0)
-        x_k = self.pin(self.q_sample(x0, k, noise), x0)
-        prediction = denoiser(x_k, k, action, return_to_go, keep)
-        error = prediction - (noise if self.args.prediction == "noise" else x0)
-        return (self.generated * error.square()).sum() / (self.generated.sum() * len(x0))
+        x_k = self.q_sample(x0, k, noise)
+        x0_pred = denoiser(x_k, k, pair, return_to_go, keep)
+        if self.args.loss == "x0":
+            return F.mse_loss(x0_pred, x0)
+        alpha_bar = self.alpha_bar[k][:, None, None]
+        noise_pred = (x_k - alpha_bar.sqrt() * x0_pred) / (1 - alpha_bar).sqrt()  # what x0_pred says of the noise
+        return F.mse_loss(noise_pred, noise)
 
 
 # Copied from dawm_td3bc.py
@@ -484,30 +505,25 @@ def sample_rollouts(
     Returns obs [B, H+2, obs_dim], whose first is the given one to the bit, and reward [B, H+1], dataset units (H:
     model_horizon).
     """
-    batch, units = len(obs), world_model.units
-    known = torch.zeros(batch, *world_model.generated.shape, device=obs.device)
-    known[:, 0] = units.normalize(F.pad(obs, (0, 1)))
-    # Both guidance branches, with and without return-to-go, go through the network as one batch.
-    action, return_to_go = torch.cat([action, action]), torch.cat([return_to_go, return_to_go])
-    keep = (torch.arange(2 * batch, device=obs.device) < batch).float()[:, None]
-    alpha_bar = cosine_alpha_bar(args.diffusion_steps)
+    units = world_model.units
+    # Both guidance branches, with and without return-to-go, go through the network as one batch; at 1 one will do.
+    branches = 1 if args.guidance_scale == 1 else 2
+    pair, return_to_go = world_model.pair(obs, action).repeat(branches, 1), return_to_go.repeat(branches, 1)
+    keep = (torch.arange(len(pair), device=obs.device) < len(obs)).float()[:, None]
     steps = strided_steps(args.diffusion_steps, args.sampling_steps)
-    coefficients = posterior_coefficients(alpha_bar, steps)
-    x = torch.randn_like(known)  # [DWM App.]; DD's code starts from half of it
+    coefficients = posterior_coefficients(cosine_alpha_bar(args.diffusion_steps), steps)
+    x = torch.randn(len(obs), args.model_horizon + 1, len(units.low), device=obs.device)  # [DWM App.]; DD's code: half
     for k, (weight_x0, weight_x_k, std) in reversed([*zip(steps, coefficients, strict=True)]):
-        x = world_model.pin(x, known)
-        k_batch = torch.full((2 * batch,), k, device=obs.device)
-        cond, uncond = world_model.denoiser(torch.cat([x, x]), k_batch, action, return_to_go, keep).chunk(2)
-        prediction = uncond + args.guidance_scale * (cond - uncond)  # [DD Eq. 8], its omega = 1 + [CFG]'s w
-        x0 = prediction
-        if args.prediction == "noise":
-            # At k = K this multiplies the network's error by 103 (K=5): the clamp makes the first step usable.
-            x0 = (x - (1 - alpha_bar[k]).sqrt().item() * prediction) / alpha_bar[k].sqrt().item()
-        x0 = world_model.pin(x0.clamp(units.low, units.high), known)
+        k_batch = torch.full((len(pair),), k, device=obs.device)
+        x0 = world_model.denoiser(x.repeat(branches, 1, 1), k_batch, pair, return_to_go, keep)
+        if branches == 2:
+            cond, uncond = x0.chunk(2)
+            x0 = uncond + args.guidance_scale * (cond - uncond)  # [DD Eq. 8] in x0; its omega = 1 + [CFG]'s w
         std = args.sampling_temperature * std  # scales std, not variance [DWM]; 0 at the last step
-        x = weight_x0 * x0 + weight_x_k * x + std * torch.randn(x.shape, device=x.device)
-    tokens = units.denormalize(x)
-    return torch.cat([obs[:, None], tokens[:, 1:, :-1]], dim=1), tokens[:, :-1, -1]
+        x = weight_x0 * x0.clamp(units.low, units.high) + weight_x_k * x + std * torch.randn(x.shape, device=x.device)
+    change, reward = units.denormalize(x).split([world_model.obs_dim, 1], dim=2)
+    following = (obs[:, None] + change.cumsum(1)).clamp(*world_model.obs_range)  # never outside the data's range
+    return torch.cat([obs[:, None], following], dim=1), reward[..., 0]
 
 
 # Copied from dawm_td3bc.py
@@ -528,13 +544,13 @@ def train_world_model(args: Args, windows: Windows, run: Run) -> WorldModel:
     parameters, averaged = list(denoiser.parameters()), list(world_model.denoiser.parameters())
     optimizer = torch.optim.Adam(parameters, lr=args.world_model_lr, fused=True)
     train, held_out = world_model_split(args, windows)
-    normalized = world_model.units.normalize(torch.cat([windows.obs, windows.reward[:, None]], dim=1))  # once for all
+    normalized = world_model.units.normalize(windows.tokens)  # once for all
 
     def loss_of(denoiser, index):
-        x0 = normalized[windows.rows(index)]
-        x0[:, -1, -1] = 0
+        x0 = normalized[windows.rows(index)[:, :-1]]
+        pair = world_model.pair(windows.obs[windows.start[index]], windows.action[index])
         keep = (torch.rand(len(index), 1, device=run.device) >= args.cond_drop_prob).float()
-        return world_model.loss(denoiser, x0, windows.action[index], windows.return_to_go[index, None], keep)
+        return world_model.loss(denoiser, x0, pair, windows.return_to_go[index, None], keep)
 
     @torch.no_grad()
     def held_out_loss():

@@ -264,7 +264,7 @@ class Windows:
         return torch.minimum(self.start[index, None] + self.offsets, self.final[index, None])
 
 
-# Copied from dawm_td3bc.py
+# Adapted from dawm_td3bc.py: the data's range as units, too
 class Normalizer(nn.Module):
     """Each dimension of values [N, dim] to the diffusion's units and back, clipped to the data's range.
 

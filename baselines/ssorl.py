@@ -189,7 +189,7 @@ class Trajectories:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-# Copied from dawm_td3bc.py
+# Adapted from dawm_td3bc.py: the states as they are, as in its code
 class InverseDynamics(nn.Module):
     """Tanh-squashed diagonal Gaussian over the action between two states, with one state of context [DAWM Eq. 3].
 

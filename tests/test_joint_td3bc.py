@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file
 from toy import TINY, TOY_AGENT, TOY_WORLD_MODEL, Training, child, hopper_arguments, linear_dataset, metrics, run, start
 
-KNOWN_FIRST, KNOWN_LAST = slice(0, 4), slice(2, 5)  # channels of the linear system: two obs, two action, one reward
 TOY_JOINT = [*TOY_AGENT, *TOY_WORLD_MODEL]
 
 
@@ -37,12 +36,6 @@ def make_model(dataset=None, **changes):
     return args, windows, script.WorldModel(args, windows).to(torch.get_default_dtype())
 
 
-def clean(world_model, windows, rows):
-    x0 = world_model.units.normalize(script.tokens(windows)[rows])
-    x0[:, -1, KNOWN_LAST] = 0
-    return x0
-
-
 # ---- Tokens
 
 
@@ -54,62 +47,38 @@ def test_a_token_holds_the_action_taken_in_its_state_and_0_after_the_end(termina
     for pair in windows.usable.nonzero()[:, 0].tolist():
         end = pair - pair % 6 + 5  # last transition of the episode
         for step in range(5):
-            obs, action = (dataset.obs, dataset.action) if pair + step <= end else (dataset.next_obs, np.zeros((18, 2)))
-            row = min(pair + step, end)
-            np.testing.assert_array_equal(token[pair, step, :4], [*obs[row], *action[row]])
+            row = pair + step
+            brings = [*(dataset.next_obs - dataset.obs)[row], *dataset.action[row]] if row <= end else [0] * 4
+            np.testing.assert_array_equal(token[pair, step, :4], brings)
     np.testing.assert_array_equal(token[..., 4], windows.reward[windows.rows(torch.arange(18))].numpy())
-
-
-def test_parameter_count():
-    """Three channels more than DAWM's 60,717,580: 5 x 128 and 128 weights into the first block, 128 + 1 in the head."""
-    count = sum(p.numel() for p in script.TemporalUNet(15, 3, 128, (1, 4, 8)).parameters())
-    assert count == 60_717_580 + 3 * (5 * 128 + 128 + 129) and f"{count:,}" in script.TemporalUNet.__doc__
 
 
 # ---- What is known
 
 
-@pytest.mark.parametrize("kind", ["limits", "gaussian"])
-def test_the_given_pair_survives_to_the_bit_and_is_pinned_in_every_network_call(kind, double):
-    """Whatever an untrained network says, with targets far away too; what it makes stays in the data's range."""
-    args, windows, world_model = make_model(normalizer=kind)
-    seen = []
-    world_model.denoiser.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].clone()))
-    obs, action = windows.obs[:50] + 0.0123, windows.action[:50] * 0.98765
+def test_the_given_pair_survives_to_the_bit_and_all_else_stays_in_the_data_range(double):
+    """Whatever an untrained network says, with targets far away too."""
+    args, windows, world_model = make_model()
+    obs, action = windows.obs[:50], windows.action[:50] * 0.98765
     target = torch.full((50, 1), 50.0)
     made_obs, made_action, made_reward = script.sample_rollouts(args, world_model, obs, action, target)
     assert made_obs.shape == (50, 9, 2) and made_action.shape == (50, 8, 2) and made_reward.shape == (50, 8)
     assert torch.equal(made_obs[:, 0], obs) and torch.equal(made_action[:, 0], action)
-    known = world_model.units.normalize(torch.cat([obs, action, obs[:, :1]], dim=1))[:, :-1]
-    assert len(seen) == 3
-    for x in seen:
-        assert torch.equal(x[:, 0, KNOWN_FIRST], torch.cat([known, known])) and x[:, -1, KNOWN_LAST].eq(0).all()
+    assert ((made_obs >= windows.obs.amin(0)) & (made_obs <= windows.obs.amax(0))).all()
     low, high = windows.action.amin(0) - 1e-6, windows.action.amax(0) + 1e-6  # the units are stored in float32
     assert made_action[:, 1:].std() > 0.1 and ((made_action > low) & (made_action < high)).all()
 
 
-def test_the_loss_is_the_mean_over_all_but_the_known_places(double):
-    _, windows, world_model = make_model(prediction="x0")
-    x0 = clean(world_model, windows, windows.rows(torch.arange(6)))
-    output = torch.randn_like(x0, requires_grad=True)
-    loss = world_model.loss(lambda *_: output, x0, None, None, None)
-    loss.backward()
-    known = torch.zeros_like(x0, dtype=torch.bool)
-    known[:, 0, KNOWN_FIRST] = known[:, -1, KNOWN_LAST] = True
-    assert output.grad[known].eq(0).all() and output.grad[~known].ne(0).all()
-    torch.testing.assert_close(loss, (output - x0)[~known].square().mean(), rtol=1e-14, atol=0)
-
-
 def test_sampler_with_an_oracle_returns_its_window(double):
-    args, windows, world_model = make_model(prediction="x0")
+    args, windows, world_model = make_model()
     rows = windows.rows(torch.tensor([4]))
-    x0 = clean(world_model, windows, rows)
-    world_model.denoiser.forward = lambda x, *_: x0.expand_as(x)
+    token = script.tokens(windows)[rows[:, :-1]]
+    world_model.denoiser.forward = lambda x, *_: world_model.units.normalize(token).expand_as(x)
     first, action = windows.obs[rows][:, 0], windows.action[[4]]
     made = script.sample_rollouts(args, world_model, first, action, torch.zeros(1, 1))
-    token = script.tokens(windows)[rows]
-    for x, real in zip(made, (token[..., :2], token[:, :-1, 2:4], token[:, :-1, 4]), strict=True):
-        torch.testing.assert_close(x, real, rtol=0, atol=1e-14)
+    # Eight changes of order one, each rounded to float32 when the windows were made.
+    for x, real in zip(made, (windows.obs[rows], token[..., 2:4], token[..., 4]), strict=True):
+        torch.testing.assert_close(x, real, rtol=0, atol=8 * 2**-23)
 
 
 @pytest.mark.parametrize("horizon", [7, 3])
