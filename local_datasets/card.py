@@ -1,11 +1,11 @@
-"""Describes the local data sets: writes README.md and returns.png beside this file, from the data themselves.
+"""Describes the local data sets: writes README.md, SHA256SUMS and returns.png beside this file, from the data alone.
 
     python local_datasets/card.py
 
-Sets that are not on this machine yet are made first, as `collect.py --env-id ...` would.
+Sets that are not on this machine yet are made first, as `collect.py --env-id ...` would, and each one that is not what
+SHA256SUMS listed until then is told: `git diff` shows what this machine makes otherwise.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import UserError
 from common.cli import tell
 from common.data import KNOWN, OfflineDataset, load_dataset, minari_root
-from common.evaluation import REFERENCE_RETURNS
+from common.evaluation import normalized_score
+from common.files import write_text
 from local_datasets import collect
-from local_datasets.train_behavior import BEHAVIOR_DIR, EXPERT_RETURN, SIMULATOR
+from local_datasets.train_behavior import BEHAVIOR_DIR, EXPERT_RETURN, SIMULATOR, write_sums
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -48,9 +49,8 @@ scores on D4RL.**
 
 ## What is in them
 
-Simulators {simulators}, physics {physics}; seed {seed}. Returns are undiscounted, over all episodes, mean ± standard
-deviation; score is the mean on D4RL's scale (0 = random, 100 = expert); falls is the share of episodes that end in one.
-The last column is the D4RL v2 set of the same name.
+Returns are undiscounted, over all episodes, mean ± standard deviation; score is the mean on D4RL's scale (0 = random,
+100 = expert); falls is the share of episodes that end in one. The last column is the D4RL v2 set of the same name.
 
 | data set | policies, by training step | episodes | steps | falls | return | score | D4RL return |
 |---|---|---|---|---|---|---|---|
@@ -72,7 +72,16 @@ The last column is the D4RL v2 set of the same name.
 - **Physics** are D4RL's: the `-v4` environments with the capsule masses of MuJoCo up to 2.1.0 (`--physics d4rl`).
   Minari's `recover_environment()` gives the stock ones.
 - **Ends.** Each policy's last episode is cut at the step budget and marked truncated; D4RL leaves it without a mark.
-- **Precision.** float32 throughout, as D4RL; `infos/qpos`, `infos/qvel` and log-probabilities are not stored.
+- **Precision.** float32 throughout, as D4RL, and actions are multiples of 2^-16, so that every machine makes the same
+  ones. `infos/qpos`, `infos/qvel` and log-probabilities are not stored.
+
+## The same on your machine
+
+`SHA256SUMS` lists the arrays of each set at its default size; collect.py tells if yours came out otherwise. They do not
+depend on the make of an x86 CPU with AVX2 and FMA (from 2013 on), on its vector units or on threads: the policies
+compute in float64 and their actions are rounded, which leaves a chance of about 1 in 50,000 per set that one action
+falls on the other side. MuJoCo itself takes sines and cosines from the C library: an older CPU, Arm, or a system
+without glibc gives other last digits, which grow within an episode. Such a set is like ours, not equal.
 
 ## The policies
 
@@ -89,24 +98,21 @@ exported with `--allow-weak-expert`), 255,000 for walker2d and 240,000 for halfc
 
 @dataclass
 class Args:
-    steps: int = 200_000
+    steps: int = collect.Args.steps
     """transitions per data set, as in collect.py"""
-    seed: int = 0
-    """as in collect.py"""
     behavior_dir: Path = BEHAVIOR_DIR
     """where the policies and their SHA256SUMS are"""
     output_dir: Path = Path(__file__).resolve().parent
-    """where README.md and returns.png go"""
+    """where README.md, SHA256SUMS and returns.png go"""
 
 
 def table_row(dataset: OfflineDataset, policies: list[dict]) -> str:
-    low, high = REFERENCE_RETURNS[dataset.robot]
     trained = ", ".join(f"{policy['training_step'] / 1000:g}k" for policy in policies)
     mean, std = dataset.returns.mean(), dataset.returns.std()
     return (
         f"| `{dataset.env_id}` | {trained} | {len(dataset.lengths):,} | {len(dataset.reward):,} | "
         f"{dataset.terminated.sum() / len(dataset.lengths):.0%} | {mean:,.0f} ± {std:,.0f} | "
-        f"{100 * (mean - low) / (high - low):.1f} | {d4rl_return(d4rl_name(dataset.env_id))} |"
+        f"{normalized_score(dataset.robot, mean):.1f} | {d4rl_return(dataset.env_id)} |"
     )
 
 
@@ -115,11 +121,10 @@ def d4rl_name(env_id: str) -> str:
     return "-".join(collect.ENV_IDS[env_id]) + "-v2"
 
 
-def d4rl_return(name: str) -> str:
-    if name not in KNOWN:
-        return "not known to us"
+def d4rl_return(env_id: str) -> str:
+    name = d4rl_name(env_id)
     spread = f" ± {D4RL_STD[name]:,}" if name in D4RL_STD else ""
-    return f"{KNOWN[name][0][2]:,.0f}{spread}"
+    return f"{KNOWN[name][0][2]:,.0f}{spread}" if name in KNOWN else "not known to us"
 
 
 def draw_returns(datasets: list[OfflineDataset], path: Path) -> None:
@@ -140,43 +145,45 @@ def draw_returns(datasets: list[OfflineDataset], path: Path) -> None:
         axis.set_title(f"{robot} {quality}", fontsize=8)
         axis.tick_params(labelsize=7)
         axis.set_yticks([])
+    figure.supxlabel("return of an episode; dashed: mean of the D4RL set of that name", fontsize=8)
+    figure.supylabel("episodes", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, metadata={"Software": None})  # no version inside: the same data give the same file
     plt.close(figure)
 
 
 def main(args: Args) -> None:
-    datasets, rows, missing, metadata = [], [], [], {}
+    datasets, rows, missing, sums, snapshots = [], [], [], {}, set()
     for env_id in collect.ENV_IDS:
         try:
-            collect.main(collect.Args(env_id, args.steps, args.seed, behavior_dir=args.behavior_dir))
+            collect.main(collect.Args(env_id, args.steps, behavior_dir=args.behavior_dir))
         except collect.NotShipped:
             missing.append(env_id)
             continue
+        found = collect.stored(minari_root() / env_id)
         datasets.append(load_dataset(env_id))
-        metadata[env_id] = json.loads(((minari_root() / env_id) / "data" / "metadata.json").read_text())
-        rows.append(table_row(datasets[-1], metadata[env_id]["policies"]))
+        rows.append(table_row(datasets[-1], found["policies"]))
+        sums[env_id] = found["sha256"]
+        if "medium-replay" in env_id:
+            snapshots.add(str(len(found["policies"])))
     if not datasets:
         raise UserError(f"no policies in {args.behavior_dir}; make them with train_behavior.py --export")
-    replay = {len(found["policies"]) for env_id, found in metadata.items() if "medium-replay" in env_id}
     weak = [
         f"{dataset.robot} ({dataset.returns.mean():,.0f})"
         for dataset in datasets
         if "/expert-" in dataset.env_id and dataset.returns.mean() < EXPERT_RETURN[dataset.robot]
     ]
     text = TEXT.format(
-        simulators=", ".join(dict.fromkeys(dataset.spec.id for dataset in datasets)),
-        physics=", ".join({dataset.physics for dataset in datasets}),
-        seed=args.seed,
         rows="\n".join(rows),
         missing=f"Not shipped, since no policy for them exists: {', '.join(missing)}.\n\n" if missing else "",
         steps=f"{args.steps:,}",
-        replay=" or ".join(map(str, sorted(replay))) or "no",
+        replay=" or ".join(sorted(snapshots)) or "no",
         experts=f"\nWeaker than an expert should be: {', '.join(weak)}.\n" if weak else "",
     )
-    (args.output_dir / "README.md").write_text(text)
+    write_text(args.output_dir / "README.md", text)
+    write_sums(args.output_dir, sums)
     draw_returns(datasets, args.output_dir / "returns.png")
-    print(f"wrote {args.output_dir / 'README.md'} and returns.png for {len(datasets)} data sets")
+    print(f"wrote README.md, SHA256SUMS and returns.png in {args.output_dir} for {len(datasets)} data sets")
 
 
 if __name__ == "__main__":

@@ -7,26 +7,27 @@ untrained SAC policy, medium and expert are two points of its training, medium-e
 medium-replay stands for the replay buffer up to the medium policy: [deviation] equal shares of steps from snapshots in
 training order, since the buffer itself is too large to ship. card.py describes what comes out.
 
-Which episodes: those that one environment, run alone for the policy's share of the steps, would give. Episodes run
-side by side for speed, but are kept in the order in which they were started, never in the order in which they end, so
-short ones are not favoured; the last one of each share is cut at the budget and marked truncated. Start states and
-noise follow from --seed alone: the same command makes the same arrays on the same kind of machine.
+Each policy's last episode is cut where its share of the steps ends, and marked truncated, as at a time limit.
+
+The same command makes the same arrays on every x86 CPU with AVX2 and FMA (from 2013 on): start states and noise follow
+from --seed alone, actions are rounded (as_policy), and MuJoCo runs the same instructions on all. SHA256SUMS beside
+behavior/ lists the sets of default size; one that comes out otherwise is told, and README.md says where that may be.
 
 [D4RL] Datasets for Deep Data-Driven RL, arXiv 2004.07219
 """
 
 import fnmatch
+import hashlib
 import json
 import os
 import shutil
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import gymnasium as gym
 import minari
 import numpy as np
-import torch
 import tyro
 from minari.data_collector import EpisodeBuffer
 from safetensors import SafetensorError, safe_open
@@ -50,7 +51,7 @@ POLICIES = {
     "expert": ["expert"],
 }
 ENV_IDS = {f"local/{robot}/{quality}-v0": (robot, quality) for robot in SIMULATOR for quality in POLICIES}
-PARALLEL_EPISODES = 20
+RECIPE = 2  # 1 had actions that were not rounded
 
 
 @dataclass
@@ -65,7 +66,7 @@ class Args:
     force: bool = False
     """replace a data set that was made otherwise"""
     behavior_dir: Path = BEHAVIOR_DIR
-    """where the policies and their SHA256SUMS are"""
+    """where the policies and their SHA256SUMS are; that of the published sets is one folder up"""
 
 
 class NotShipped(UserError):
@@ -78,28 +79,6 @@ class Policy:
 
     actor: Actor
     facts: dict
-
-
-@dataclass
-class Episode:
-    """One row per step, float32; obs has one row more."""
-
-    obs: list[np.ndarray]
-    action: list[np.ndarray] = field(default_factory=list)
-    reward: list[float] = field(default_factory=list)
-    terminated: bool = False
-
-    def as_buffer(self, length: int) -> EpisodeBuffer:
-        """The first `length` steps; an end that is not a fall is the time limit's or the budget's: truncated."""
-        ends = np.arange(1, length + 1) == length
-        terminated = self.terminated and length == len(self.reward)
-        return EpisodeBuffer(
-            observations=np.stack(self.obs[: length + 1]),
-            actions=np.stack(self.action[:length]),
-            rewards=np.array(self.reward[:length], np.float32),
-            terminations=ends & terminated,
-            truncations=ends & (not terminated),
-        )
 
 
 def load_policies(robot: str, quality: str, behavior_dir: Path) -> list[Policy]:
@@ -139,7 +118,7 @@ def _load_policy(path: Path, sha256: str) -> Policy:
     return Policy(actor, {"file": path.name, "sha256": sha256, **facts})
 
 
-def roll_out(policies: list[Policy], envs: list[gym.Env], steps: int, seed: int, progress: tqdm) -> list[EpisodeBuffer]:
+def roll_out(policies: list[Policy], env: gym.Env, steps: int, seed: int, progress: tqdm) -> list[EpisodeBuffer]:
     """Exactly `steps` steps: each policy's share, one policy after another."""
     buffers = []
     for index, policy in enumerate(policies):
@@ -147,70 +126,86 @@ def roll_out(policies: list[Policy], envs: list[gym.Env], steps: int, seed: int,
         episode_seed = (100 * (seed + 1) + index) * 1_000_000  # no two episodes of a data set share one
         act = as_policy(policy.actor, noise_seed=episode_seed)
         while left > 0:
-            lengths = []
-            for episode in run_episodes(act, envs, episode_seed, left):
-                lengths.append(min(len(episode.reward), left - sum(lengths)))
-                if lengths[-1] > 0:
-                    buffers.append(episode.as_buffer(lengths[-1]))
-            episode_seed += len(envs)
-            left -= sum(lengths)
-            progress.update(sum(lengths))
+            buffers.append(run_episode(act, env, episode_seed, min(left, env.spec.max_episode_steps)))
+            episode_seed += 1
+            left -= len(buffers[-1])
+            progress.update(len(buffers[-1]))
     return buffers
 
 
-def run_episodes(act, envs: list[gym.Env], seed: int, budget: int) -> list[Episode]:
-    """One episode per environment, in order, each run only as far as the first `budget` steps of all may need it."""
-    obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)]).astype(np.float32)
-    episodes = [Episode([first]) for first in obs.copy()]
-    lengths = np.zeros(len(envs), dtype=int)
-    running = np.arange(len(envs))
-    while len(running) > 0:
-        for i, action in zip(running, act(obs[running]), strict=True):
-            # unwrapped: the wrappers only check and count, and cost as much as the physics. mujoco.rollout makes 1.4 to
-            # 1.7 times as many steps, but knows neither rewards nor falls.
-            obs[i], reward, episodes[i].terminated, _, _ = envs[i].unwrapped.step(action)
-            episodes[i].obs.append(obs[i].copy())
-            episodes[i].action.append(action)
-            episodes[i].reward.append(reward)
-        lengths[running] += 1
-        goes_on = (lengths < envs[0].spec.max_episode_steps) & (np.cumsum(lengths) < budget)
-        running = np.array([i for i in running if goes_on[i] and not episodes[i].terminated], dtype=int)
-    return episodes
+def run_episode(act, env: gym.Env, seed: int, limit: int) -> EpisodeBuffer:
+    """One row per step, float32; obs has one row more. An end that is no fall is the limit's: truncated."""
+    obs, action, reward, terminated = [env.reset(seed=seed)[0].astype(np.float32)], [], [], False
+    while not terminated and len(reward) < limit:
+        action.append(act(obs[-1]))
+        # unwrapped: the wrappers only check and count, and cost as much as the physics.
+        next_obs, step_reward, terminated, _, _ = env.unwrapped.step(action[-1])
+        obs.append(next_obs.astype(np.float32))
+        reward.append(step_reward)
+    ends = np.arange(1, len(reward) + 1) == len(reward)
+    return EpisodeBuffer(
+        observations=np.stack(obs),
+        actions=np.stack(action),
+        rewards=np.array(reward, np.float32),
+        terminations=ends & terminated,
+        truncations=ends & (not terminated),
+    )
+
+
+def digest(buffers: list[EpisodeBuffer]) -> str:
+    """sha256 of all arrays, episode after episode."""
+    names = ("observations", "actions", "rewards", "terminations", "truncations")
+    return hashlib.sha256(b"".join(getattr(buffer, name).tobytes() for buffer in buffers for name in names)).hexdigest()
+
+
+def stored(folder: Path) -> dict:
+    """The metadata of a set."""
+    return json.loads((folder / "data" / "metadata.json").read_text())
 
 
 def differences(folder: Path, recipe: dict) -> str:
     """How the data set in folder differs from the recipe, in words; empty if it does not."""
     try:
-        stored = json.loads((folder / "data" / "metadata.json").read_text())
+        found = stored(folder)
     except (OSError, ValueError) as error:
         return f"cannot be read ({error})"
-    different = [key for key in recipe if stored.get(key) != recipe[key]]
+    different = [key for key in recipe if found.get(key) != recipe[key]]
     return " and ".join(
-        "was made by other policies" if key == "policies" else f"has {key}={stored.get(key)}, not {recipe[key]}"
+        "was made by other policies" if key == "policies" else f"has {key}={found.get(key)}, not {recipe[key]}"
         for key in different
     )
+
+
+def compare(env_id: str, sha256: str, published: Path) -> None:
+    """Tell if a set of the default size is not the published one."""
+    expected = read_sums(published).get(env_id, sha256)
+    if sha256 != expected:
+        print(
+            f"note: {env_id} is not the published set (sha256 {sha256[:12]}, {published / 'SHA256SUMS'} has "
+            f"{expected[:12]}): other policies, or this CPU, C library or MuJoCo rounds otherwise"
+        )
 
 
 def make(args: Args, recipe: dict, policies: list[Policy], folder: Path, work: Path) -> None:
     """Roll out, write under the Minari root `work`, and put the finished folder in place with a rename."""
     robot, quality = ENV_IDS[args.env_id]
-    envs = [make_env(SIMULATOR[robot], "d4rl") for _ in range(PARALLEL_EPISODES)]
+    env = make_env(SIMULATOR[robot], "d4rl")
     with tqdm(total=args.steps, desc=args.env_id, unit="step", disable=None) as progress:
-        buffers = roll_out(policies, envs, args.steps, args.seed, progress)
+        buffers = roll_out(policies, env, args.steps, args.seed, progress)
     with minari_writes_to(work):
         minari.create_dataset_from_buffers(
             args.env_id,
             buffers,
-            env=envs[0],
-            eval_env=envs[0],
-            observation_space=gym.spaces.Box(-np.inf, np.inf, envs[0].observation_space.shape, np.float32),
+            env=env,
+            eval_env=env,
+            observation_space=gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32),
             algorithm_name="SAC",
             ref_min_score=REFERENCE_RETURNS[robot][0],
             ref_max_score=REFERENCE_RETURNS[robot][1],
             description=f"{robot} {quality}: SAC policies in {SIMULATOR[robot]} with D4RL's capsule masses, made by "
             "local_datasets/collect.py after D4RL's recipe. Not D4RL data.",
             data_format="hdf5",
-        ).storage.update_metadata(recipe)
+        ).storage.update_metadata(recipe | {"sha256": digest(buffers)})
     for path in (work / args.env_id / "data").iterdir():
         sync(path)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -232,10 +227,9 @@ def main(args: Args) -> None:
         raise UserError(f"--steps {args.steps} is less than one per policy; give {len(policies)} or more")
     if args.seed < 0:
         raise UserError(f"--seed {args.seed} is negative; give 0 or more")
-    torch.set_num_threads(1)  # the order of float sums, and so the data, must not depend on the number of cores
     facts = [policy.facts for policy in policies]
     # Stored with the data, and compared with what is asked for the next time.
-    recipe = {"physics": "d4rl", "steps": args.steps, "seed": args.seed, "policies": facts}
+    recipe = {"physics": "d4rl", "steps": args.steps, "seed": args.seed, "recipe": RECIPE, "policies": facts}
     try:
         folder = minari_root() / args.env_id
         work = minari_root() / ".collect" / args.env_id.replace("/", "-")  # Minari does not list hidden folders
@@ -246,12 +240,14 @@ def main(args: Args) -> None:
                 raise UserError(f"{folder} {different}; --force replaces it")
             if folder.exists() and not different:
                 print(f"{args.env_id} is already in {folder}")
-                return
-            shutil.rmtree(work, ignore_errors=True)  # left by a process that was killed, since the lock is ours
-            try:
-                make(args, recipe, policies, folder, work)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
+            else:
+                shutil.rmtree(work, ignore_errors=True)  # left by a process that was killed, since the lock is ours
+                try:
+                    make(args, recipe, policies, folder, work)
+                finally:
+                    shutil.rmtree(work, ignore_errors=True)
+            if (args.steps, args.seed) == (Args.steps, Args.seed):
+                compare(args.env_id, stored(folder)["sha256"], args.behavior_dir.parent)
     except OSError as error:
         raise UserError(f"cannot write {args.env_id} ({error}); set MINARI_DATASETS_PATH to a folder with space")
 

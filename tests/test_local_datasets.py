@@ -1,15 +1,14 @@
-"""local_datasets/: collecting, exporting and describing data with tiny made-up policies, never the shipped ones."""
+"""local_datasets/: collecting, exporting and describing data, mostly with tiny made-up policies."""
 
-import csv
 import hashlib
-import json
 import os
+import platform
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 from common import UserError, data
 from common.cli import tell
@@ -22,12 +21,9 @@ import minari
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
 from safetensors.torch import load_file, save_file
-from toy import child
-from tqdm import tqdm
+from toy import ROOT, child
 
-SCRIPTS = Path(collect.__file__).parent
 HOPPER = "local/hopper/medium-v0"
 FIRST_SEED = 100_000_000  # roll_out: (100 * (seed + 1) + index of the policy) * 1,000,000 + number of the episode
 SIZES = {"hopper": (11, 3), "halfcheetah": (17, 6)}  # obs_dim, action_dim
@@ -39,7 +35,7 @@ def made_up(folders, monkeypatch):
     monkeypatch.chdir(folders)
     behavior = folders / "behavior"
     behavior.mkdir()
-    sums = ""
+    sums = {}
     names = [f"hopper-{name}" for name in ("random", "medium", "expert", "replay-0", "replay-1", "replay-2")]
     for step, name in enumerate([*names, "halfcheetah-medium"]):
         torch.manual_seed(step)
@@ -47,8 +43,8 @@ def made_up(folders, monkeypatch):
         weights = {key: tensor.half() for key, tensor in Actor(*SIZES[robot], 8).state_dict().items()}
         content = Candidate(1000 * step, weights, 20.0, 5.0, 20.0).packed(robot, seed=0, episodes=1)
         (behavior / f"{name}.safetensors").write_bytes(content)
-        sums += f"{hashlib.sha256(content).hexdigest()}  {name}.safetensors\n"
-    (behavior / "SHA256SUMS").write_text(sums)
+        sums[f"{name}.safetensors"] = hashlib.sha256(content).hexdigest()
+    train_behavior.write_sums(behavior, sums)
     return folders
 
 
@@ -56,30 +52,17 @@ def args_for(root: Path, env_id: str = HOPPER, steps: int = 300, **more) -> Args
     return Args(env_id, steps, behavior_dir=root / "behavior", **more)
 
 
+def make(root: Path) -> None:
+    os.chdir(root)
+    tell(lambda: collect.main(args_for(root)))
+
+
 def read(env_id: str = HOPPER) -> list:
     return list(minari.load_dataset(env_id).iterate_episodes())
 
 
-def assert_same(one: list, other: list) -> None:
-    assert len(one) == len(other)
-    for a, b in zip(one, other, strict=True):
-        for key in ("observations", "actions", "rewards", "terminations", "truncations"):
-            np.testing.assert_array_equal(getattr(a, key), getattr(b, key))
-
-
-def start(script: str, *flags, cwd: Path, threads: int = 1) -> subprocess.Popen:
-    command = [sys.executable, SCRIPTS / script, *map(str, flags)]
-    env = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    return subprocess.Popen(
-        command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
-    )
-
-
-def wait_for(condition, process: subprocess.Popen, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.001)
+def sha256(env_id: str = HOPPER) -> str:
+    return collect.digest(read(env_id))
 
 
 # ---- What is collected
@@ -93,19 +76,17 @@ def test_steps_marks_and_metadata(made_up):
     collect.main(args_for(made_up))
     episodes = read()
     assert sum(len(episode) for episode in episodes) == 300
-    for episode in episodes[:-1]:  # an untrained Hopper falls long before step 1000
-        assert episode.terminations[-1] and not episode.truncations[-1]
-    assert episodes[-1].truncations[-1] and not episodes[-1].terminations[-1]
-    for episode in episodes:
-        assert not (episode.terminations[:-1] | episode.truncations[:-1]).any()
+    for episode in episodes:  # an untrained Hopper falls long before step 1000; the last one is cut at the budget
+        assert episode.terminations[-1] == (episode is not episodes[-1]) and not episode.terminations[:-1].any()
+        assert episode.truncations[-1] == (episode is episodes[-1]) and not episode.truncations[:-1].any()
         assert len(episode.observations) == len(episode.actions) + 1
         assert episode.observations.dtype == episode.actions.dtype == episode.rewards.dtype == np.float32
-    metadata = minari.load_dataset(HOPPER).storage.metadata
+    metadata = collect.stored(made_up / "minari" / HOPPER)
     assert (metadata["ref_min_score"], metadata["ref_max_score"]) == (-20.272305, 3234.3)  # D4RL infos.py
     assert (metadata["physics"], metadata["steps"], metadata["seed"]) == ("d4rl", 300, 0)
     digest = hashlib.sha256((made_up / "behavior" / "hopper-medium.safetensors").read_bytes()).hexdigest()
     assert [policy["sha256"] for policy in metadata["policies"]] == [digest]
-    assert metadata["algorithm_name"] == "SAC" and "Hopper-v4" in metadata["eval_env_spec"]
+    assert metadata["sha256"] == sha256() and "Hopper-v4" in metadata["eval_env_spec"]
 
 
 def test_time_limit_is_truncation(made_up):
@@ -127,36 +108,16 @@ def test_rows_are_what_the_simulator_does(made_up):
             assert episode.rewards[row] == np.float32(reward) and episode.terminations[row] == terminated
 
 
-class Countdown:
-    """An environment whose episode number n falls after 37 n mod 100 + 1 steps: 1, 38, 75, 12, ...; limit 80."""
-
-    spec = SimpleNamespace(max_episode_steps=80)
-
-    def reset(self, seed):
-        self.number, self.steps = seed - FIRST_SEED, 0
-        return np.array([self.number, 0.0]), {}
-
-    @property
-    def unwrapped(self):
-        return self
-
-    def step(self, action):
-        self.steps += 1
-        return np.array([self.number, self.steps]), 1.0, self.steps == 37 * self.number % 100 + 1, False, {}
-
-
-@pytest.mark.parametrize("parallel", [1, 7, 20])
-def test_episodes_are_those_of_one_environment_alone(parallel):
-    """Whatever runs side by side, no preference for short episodes: each number comes, in order, as long as it is."""
-    policy = collect.Policy(Actor(2, 1, 8), {})
-    buffers = collect.roll_out([policy], [Countdown() for _ in range(parallel)], 1000, 0, tqdm(disable=True))
-    expected, left = [], 1000
-    while left > 0:  # (number, steps, fell)
-        steps = 37 * len(expected) % 100 + 1
-        expected.append((len(expected), min(steps, 80, left), steps <= min(80, left)))
-        left -= expected[-1][1]
-    assert [(buffer.observations[0, 0], len(buffer), buffer.terminations[-1]) for buffer in buffers] == expected
-    assert all(buffer.terminations[-1] != buffer.truncations[-1] for buffer in buffers)
+def test_the_recorded_policy_is_the_trained_actor():
+    actor, obs = Actor(11, 3, 8), torch.randn(100, 11)
+    near = {"rtol": 0, "atol": 2 * train_behavior.ACTION_STEP}
+    action = train_behavior.as_policy(actor, 5, deterministic=True)(obs.numpy())
+    np.testing.assert_allclose(action, actor(obs, deterministic=True)[0].detach(), **near)
+    assert (action / train_behavior.ACTION_STEP % 1 == 0).all()
+    mean, log_std = actor.head(actor.trunk(obs)).detach().chunk(2, dim=-1)
+    noise = torch.from_numpy(np.random.default_rng((1, 5)).standard_normal((100, 3)))
+    sampled = train_behavior.as_policy(actor, 5)(obs.numpy())
+    np.testing.assert_allclose(sampled, torch.tanh(mean + log_std.exp() * noise), **near)
 
 
 def test_replay_takes_equal_shares_in_training_order(made_up):
@@ -169,34 +130,57 @@ def test_replay_takes_equal_shares_in_training_order(made_up):
     assert [policy["training_step"] for policy in policies] == [3000, 4000, 5000]
 
 
-def test_same_seed_same_arrays_on_any_number_of_threads(made_up, monkeypatch):
+# Begin of the sha256 of sets of 1,500 steps by shipped policies, on every x86 CPU with AVX2 and FMA, with glibc.
+PUBLISHED = {
+    "local/hopper/medium-v0": "3def7f1912c26fd4",
+    "local/walker2d/medium-replay-v0": "20337c70c1407044",
+    "local/halfcheetah/medium-v0": "239b4c4805b8c6e2",
+}
+# NumPy's code for CPUs without vector units of more than 128 bits.
+PLAIN_CPU = {"OPENBLAS_CORETYPE": "Nehalem", "NPY_DISABLE_CPU_FEATURES": "X86_V3 X86_V4 AVX512_ICL AVX512_SPR"}
+
+
+def make_published() -> None:
+    for env_id in PUBLISHED:
+        collect.main(Args(env_id, 1500))
+
+
+CPU = Path("/proc/cpuinfo").read_text().split() if platform.libc_ver()[0] == "glibc" else []
+
+
+@pytest.mark.skipif(not {"avx2", "fma"} <= set(CPU), reason="MuJoCo's sin and cos, the C library's, round otherwise")
+@pytest.mark.parametrize("cpu", [PLAIN_CPU, {"OMP_NUM_THREADS": "2"}], ids=["plain", "native, two threads"])
+def test_every_cpu_makes_the_published_arrays(folders, cpu):
+    code = "import test_local_datasets; test_local_datasets.make_published()"
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | cpu
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", env=env, check=True)
+    assert {env_id: sha256(env_id)[:16] for env_id in PUBLISHED} == PUBLISHED
+
+
+def test_a_set_that_is_not_the_published_one_is_told(made_up, monkeypatch, capsys):
+    monkeypatch.setattr(Args, "steps", 300)  # the size of the published sets
     collect.main(args_for(made_up))
-    first = read()
-    flags = ("--env-id", HOPPER, "--steps", 300, "--behavior-dir", made_up / "behavior")
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(made_up / "other"))
-    process = start("collect.py", *flags, cwd=made_up, threads=2)
-    output = process.communicate()
-    assert process.returncode == 0, output
-    assert_same(first, read())
-    collect.main(args_for(made_up, seed=1, force=True))
-    assert not np.array_equal(first[0].observations[0], read()[0].observations[0])
+    found, path = sha256(), made_up / "SHA256SUMS"
+    for listed, told in ((found, False), (64 * "0", True)):
+        path.write_text(f"{listed}  {HOPPER}\n")
+        capsys.readouterr()
+        collect.main(args_for(made_up))
+        note = f"{HOPPER} is not the published set (sha256 {found[:12]}, {path} has 000000000000)"
+        assert (note in capsys.readouterr().out) == told
+    collect.main(args_for(made_up, steps=299, force=True))
+    assert "published" not in capsys.readouterr().out  # another size has no published sum
 
 
 # ---- Whole or not at all, once
 
 
-def test_killed_in_the_middle_of_writing(made_up):
-    flags = ("--env-id", HOPPER, "--steps", 6000, "--behavior-dir", made_up / "behavior")
+def test_what_a_killed_process_left_is_neither_listed_nor_used(made_up):
     work = made_up / "minari" / ".collect" / "local-hopper-medium-v0"
-    process = start("collect.py", *flags, cwd=made_up)
-    wait_for((work / HOPPER / "data" / "main_data.hdf5").exists, process)
-    process.kill()  # SIGKILL
-    process.communicate()
-    assert work.exists() and not (made_up / "minari" / HOPPER).exists()
+    (work / HOPPER / "data").mkdir(parents=True)
+    (work / HOPPER / "data" / "main_data.hdf5").write_bytes(b"half")
     assert minari.list_local_datasets() == {}
     collect.main(args_for(made_up))
-    assert sum(len(episode) for episode in read()) == 300
-    assert not work.exists()
+    assert sum(len(episode) for episode in read()) == 300 and not work.exists()
 
 
 def test_a_failure_leaves_nothing(made_up, monkeypatch):
@@ -210,28 +194,27 @@ def test_a_failure_leaves_nothing(made_up, monkeypatch):
 
 
 def test_two_processes_at_once(made_up):
-    flags = ("--env-id", HOPPER, "--steps", 300, "--behavior-dir", made_up / "behavior")
-    (made_up / "minari" / ".collect").mkdir()
-    with FileLock(made_up / "minari" / ".collect" / "local-hopper-medium-v0.lock"):
-        processes = [start("collect.py", *flags, cwd=made_up) for _ in range(2)]
-        for process in processes:
-            assert "waiting for it" in process.stdout.readline()
-    outputs = [process.communicate(timeout=60) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert sorted("already in" in out for out, _ in outputs) == [False, True]  # one made it, the other saw it
+    logs = [made_up / "one", made_up / "other"]
+    processes = [child(make, made_up, log=log) for log in logs]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert sorted("already in" in log.read_text() for log in logs) == [False, True]  # one made it, the other saw it
     assert sum(len(episode) for episode in read()) == 300
 
 
 def test_another_recipe_is_refused_and_forced(made_up, capsys):
     collect.main(args_for(made_up))
-    first = read()
+    first = sha256()
     collect.main(args_for(made_up))
     assert "already in" in capsys.readouterr().out
     with pytest.raises(UserError, match="has steps=300, not 200 and has seed=0, not 7; --force replaces it"):
         collect.main(args_for(made_up, steps=200, seed=7))
-    assert_same(first, read())
-    collect.main(args_for(made_up, steps=200, seed=7, force=True))
-    assert sum(len(episode) for episode in read()) == 200
+    assert sha256() == first
+    collect.main(args_for(made_up, seed=7, force=True))
+    assert sha256() != first
+    collect.main(args_for(made_up, force=True))
+    assert sha256() == first
     (made_up / "minari" / HOPPER / "data" / "metadata.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         collect.main(args_for(made_up))
@@ -267,13 +250,6 @@ def test_bad_flags(made_up, flags, message):
         collect.main(args_for(made_up, **flags))
 
 
-def test_exit_code_and_one_line(made_up):
-    process = start("collect.py", "--env-id", "local/walker2d/medium-v0", "--behavior-dir", "behavior", cwd=made_up)
-    _, errors = process.communicate()
-    assert process.returncode == 2
-    assert errors.startswith("error: local/walker2d/medium-v0 needs") and errors.count("\n") == 1
-
-
 # ---- Training and export
 
 
@@ -307,60 +283,46 @@ def test_an_interrupted_training_ends_with_the_same_policies(tmp_path, number, c
         assert one.read_bytes() == other.read_bytes(), name
 
 
-def write_run(folder: Path, returns: list[float]) -> None:
-    """A run whose log claims these returns at steps 5000, 10000, ..."""
-    (folder / "hopper" / "snapshots").mkdir(parents=True)
-    with open(folder / "hopper" / "snapshots.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["step", "mean_return", "std_return"])
-        for i, mean in enumerate(returns, start=1):
-            writer.writerow([5000 * i, mean, 0.0])
-            torch.manual_seed(i)
-            actor = Actor(*SIZES["hopper"], 8)
-            save_file(actor.state_dict(), folder / "hopper" / "snapshots" / f"{5000 * i:07d}.safetensors")
-
-
 def test_export(folders, monkeypatch, capsys):
+    """From a run whose log claims these returns at steps 5,000, 10,000, ..."""
     monkeypatch.chdir(folders)
-    returns = [10.0, 300.0, 800.0, 1300.0, 1500.0, 2000.0, 3300.0]
-    write_run(folders / "run", returns)
-    real = {0: 20.0} | {5000 * i: mean for i, mean in enumerate(returns, start=1)}
+    args = train_behavior.Args(export=True, folder=folders / "run", behavior_dir=folders / "behavior", seed=5)
+    args.actor_width, args.export_episodes, args.replay_snapshots = 8, 1, 3
+    with pytest.raises(UserError, match="lists no snapshot; train first"):
+        train_behavior.main(args)
+    claimed = {5000 * i: mean for i, mean in enumerate((20.0, 10.0, 300.0, 800.0, 1300.0, 1500.0, 2000.0, 3300.0))}
+    run = args.folder / "hopper"
+    (run / "snapshots").mkdir(parents=True)
+    for step in list(claimed)[1:]:
+        save_file(Actor(*SIZES["hopper"], 8).state_dict(), train_behavior._snapshot_path(run, step))
+    train_behavior._write_log(run / "snapshots.csv", {step: (claimed[step], 0.0) for step in list(claimed)[1:]})
     measure = train_behavior._measure
 
     def measured(args, evaluator, folder, step):  # its weights, but the return that the log claims
-        candidate = measure(args, evaluator, folder, step)
-        return Candidate(step, candidate.weights, real[step], candidate.std, real[step])
+        return replace(measure(args, evaluator, folder, step), mean=claimed[step], deterministic_mean=claimed[step])
+
+    def shipped() -> dict[str, int]:
+        sums = train_behavior.read_sums(args.behavior_dir)
+        assert set(sums) == {path.name for path in args.behavior_dir.glob("*.safetensors")}
+        policies = [collect._load_policy(args.behavior_dir / name, sha) for name, sha in sums.items()]
+        return {policy.facts["file"][7:-12]: policy.facts["training_step"] for policy in policies}
 
     monkeypatch.setattr(train_behavior, "_measure", measured)
-    args = train_behavior.Args(export=True, folder=folders / "run", behavior_dir=folders / "behavior", seed=5)
-    args.actor_width, args.export_episodes, args.replay_snapshots = 8, 1, 3
     train_behavior.main(args)
-    facts = {
-        path.stem: collect._load_policy(path, train_behavior.read_sums(args.behavior_dir)[path.name]).facts
-        for path in args.behavior_dir.glob("*.safetensors")
-    }
     # Medium is 1500 at step 25,000: of all, it is closest to D4RL's 1422. Replay is the first, the middle and the last
     # of the snapshots from 5,000 to 25,000.
-    steps = {name: fact["training_step"] for name, fact in facts.items()}
-    assert steps == {
-        "hopper-random": 0,
-        "hopper-medium": 25_000,
-        "hopper-expert": 35_000,
-        "hopper-replay-0": 5_000,
-        "hopper-replay-1": 15_000,
-        "hopper-replay-2": 25_000,
-    }
+    others = {"random": 0, "medium": 25_000, "replay-0": 5000, "replay-1": 15_000, "replay-2": 25_000}
+    assert shipped() == others | {"expert": 35_000}
     torch.manual_seed(5)  # the run's seed: its untrained actor, rounded
     actor = train_behavior.Trainer(args, *SIZES["hopper"]).actor.state_dict()
     for name, weight in load_file(args.behavior_dir / "hopper-random.safetensors").items():
         assert weight.dtype == torch.float16 and torch.equal(weight, actor[name].half())
-
-    real[35_000] = 2999.0  # EXPERT_RETURN is 3000
-    content = (args.behavior_dir / "hopper-medium.safetensors").read_bytes()
+    claimed[35_000] = 2999.0  # EXPERT_RETURN is 3000
     train_behavior.main(args)
-    assert "no expert: the best policy has 2999" in capsys.readouterr().out
-    assert {path.stem for path in args.behavior_dir.glob("*.safetensors")} == set(steps) - {"hopper-expert"}
-    assert (args.behavior_dir / "hopper-medium.safetensors").read_bytes() == content  # the same bytes again
+    assert "no expert: the best policy has 2999" in capsys.readouterr().out and shipped() == others
+    claimed[30_000], claimed[25_000], args.expert_only = 3100.0, 0.0, True  # the medium one stays what it was
+    train_behavior.main(args)
+    assert shipped() == others | {"expert": 30_000}
 
 
 def test_medium_prefers_the_spread_of_d4rl():
@@ -369,11 +331,6 @@ def test_medium_prefers_the_spread_of_d4rl():
     assert choose_medium([falls_or_walks, hops, far, saved_by_noise], 1422.06, 378.95) is hops
     assert choose_medium([far], 1422.06, 378.95) is far
     assert choose_medium([saved_by_noise], 1422.06, 378.95) is saved_by_noise
-
-
-def test_export_without_a_run(folders):
-    with pytest.raises(UserError, match="lists no snapshot; train first"):
-        train_behavior.main(train_behavior.Args(export=True, folder=folders))
 
 
 # ---- The card
@@ -390,5 +347,5 @@ def test_card_states_what_the_data_say(made_up):
     assert f"| {returns.mean():,.0f} ± {returns.std():,.0f} | {score:.1f} | 1,422 ± 379 |" in row
     assert "local/walker2d/medium-v0" in text.split("Not shipped")[1]
     assert (output / "returns.png").read_bytes().startswith(b"\x89PNG")
-    policies = json.loads((made_up / "minari" / HOPPER / "data" / "metadata.json").read_text())["policies"]
-    assert f"| {policies[0]['training_step'] // 1000}k |" in row
+    assert "| 1k |" in row
+    assert train_behavior.read_sums(output)[HOPPER] == sha256()
