@@ -47,7 +47,10 @@ def main(options: Args) -> None:
                 pass
             stage.found = True  # and nothing is kept
         print(f"an empty stage: {10 * (time.perf_counter() - start):.1f} microseconds per update")
-        world_model, inverse_dynamics = script.WorldModel(args, windows), script.InverseDynamics(args, windows.obs, 3)
+        world_model, inverse_dynamics = (
+            script.WorldModel(args, windows),
+            script.InverseDynamics(args, windows.obs, windows.change, 3),
+        )
         states = {"agent": [td3bc], "inverse dynamics": [inverse_dynamics] * 2, "world model": [world_model] * 2}
         for name, modules in states.items():  # what changes, and its averaged or best copy
             saves = (*modules[1:], stepped_adam(modules[0]))

@@ -81,7 +81,7 @@ def diffusers(loop: str, name: str, device: str) -> None:
     sys.modules["diffuser"].utils = sys.modules["diffuser.utils"]
     temporal = importlib.import_module("diffuser.models.temporal")
     diffusion = importlib.import_module("diffuser.models.diffusion")
-    width, levels, tokens = 128 if "128" in loop else 32, (1, 4, 8), 12 if loop == "A9" else 8
+    width, levels, tokens = 128 if "128" in loop else 32, (1, 4, 8), 8
     if name == "decision-diffuser":
         unet = temporal.TemporalUnet(
             tokens, 11, 0, dim=width, dim_mults=levels, returns_condition=True, condition_dropout=0.25

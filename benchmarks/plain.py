@@ -26,26 +26,24 @@ def polyak(target: nn.Module, source: nn.Module, tau: float) -> None:
 
 
 class WorldModelTrainer:
-    """DDPM training on windows [N, L, channels] held as NumPy arrays; noise prediction, averaged weights."""
+    """DDPM training on windows [N, L, channels] held as NumPy arrays; loss on the noise, averaged weights."""
 
-    def __init__(
-        self, denoiser: nn.Module, windows: np.ndarray, action: np.ndarray, return_to_go: np.ndarray, alpha_bar
-    ):
+    def __init__(self, denoiser: nn.Module, windows: np.ndarray, pair: np.ndarray, return_to_go: np.ndarray, alpha_bar):
         self.denoiser, self.average = denoiser, copy.deepcopy(denoiser)
         self.device = next(denoiser.parameters()).device
-        self.data, self.alpha_bar, self.steps = (windows, action, return_to_go), alpha_bar.float().to(self.device), 0
+        self.data, self.alpha_bar, self.steps = (windows, pair, return_to_go), alpha_bar.float().to(self.device), 0
         self.optimizer = adam(denoiser.parameters(), 1e-4)
 
     def update(self, batch_size: int = 64) -> float:
         index = np.random.randint(len(self.data[0]), size=batch_size)
-        x0, action, return_to_go = (torch.from_numpy(array[index]).to(self.device) for array in self.data)
+        x0, pair, return_to_go = (torch.from_numpy(array[index]).to(self.device) for array in self.data)
         k = torch.randint(1, len(self.alpha_bar), (batch_size,), device=self.device)
         noise = torch.randn_like(x0)
         scale = self.alpha_bar[k][:, None, None]
         x_k = scale.sqrt() * x0 + (1 - scale).sqrt() * noise
-        x_k[:, 0] = x0[:, 0]
         keep = (torch.rand(batch_size, 1, device=self.device) >= 0.25).float()
-        loss = F.mse_loss(self.denoiser(x_k, k, action, return_to_go[:, None], keep), noise)
+        x0_pred = self.denoiser(x_k, k, pair, return_to_go[:, None], keep)
+        loss = F.mse_loss((x_k - scale.sqrt() * x0_pred) / (1 - scale).sqrt(), noise)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -56,18 +54,14 @@ class WorldModelTrainer:
 
 
 @torch.no_grad()
-def sample(
-    denoiser: nn.Module, first: torch.Tensor, action, return_to_go, length: int, channels: int, chain, scale: float
-):
-    """Windows [B, length, channels] from first states, each guidance branch a call; chain: k and its weights."""
-    x = torch.randn(len(first), length, channels, device=first.device)
-    for k, (alpha_bar, weight_x0, weight_x_k, std) in chain:
-        x[:, 0, : first.shape[1]] = first
-        step, ones = torch.full((len(first),), k, device=first.device), torch.ones_like(return_to_go)
-        cond = denoiser(x, step, action, return_to_go, ones)
-        uncond = denoiser(x, step, action, return_to_go, 0 * ones)
-        noise = uncond + scale * (cond - uncond)
-        x0 = ((x - (1 - alpha_bar) ** 0.5 * noise) / alpha_bar**0.5).clamp(-1, 1)
+def sample(denoiser: nn.Module, pair: torch.Tensor, return_to_go, length: int, channels: int, chain, scale: float):
+    """Windows [B, length, channels] that follow pairs, each guidance branch a call; chain: k and its weights."""
+    x = torch.randn(len(pair), length, channels, device=pair.device)
+    for k, (weight_x0, weight_x_k, std) in chain:
+        step, ones = torch.full((len(pair),), k, device=pair.device), torch.ones_like(return_to_go)
+        cond = denoiser(x, step, pair, return_to_go, ones)
+        uncond = denoiser(x, step, pair, return_to_go, 0 * ones)
+        x0 = (uncond + scale * (cond - uncond)).clamp(-1, 1)
         x = weight_x0 * x0 + weight_x_k * x + 0.5 * std * torch.randn_like(x)
     return x
 

@@ -11,8 +11,7 @@ run runs them: only the stage is replaced by a clock. "plain" is the same mathem
 d3rlpy comes from `make peers`; other repositories are used where PEERS_DIR holds a clone (peers_code.py), and left out
 with a word where not.
 
-    A    world model: one update, width 32 x (1, 4, 8), 8 tokens (the length that the others can take), batch 64
-    A9   the same with the scripts' own 9 tokens, for which the others take 12, since their lengths must divide
+    A    world model: one update, width 32 x (1, 4, 8), 8 tokens, batch 64; ours has a network beside the U-Net
     A128 as A with width 128, the paper's
     B    synthesis: transitions, N = 3 of K = 5, two guidance branches, actions filled in (width 256), network of A
     B128 the same with the network of A128
@@ -42,7 +41,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 LOOPS = {
     "A": "world model, width 32, 8 tokens: updates/s",
-    "A9": "world model, width 32, 9 tokens: updates/s",
     "A128": "world model, width 128, 8 tokens: updates/s",
     "B": "synthesis, width 32, 8 tokens: transitions/s",
     "B128": "synthesis, width 128, 8 tokens: transitions/s",
@@ -53,7 +51,6 @@ LOOPS = {
 }
 PEERS = {  # what peers_code.py knows to run, by loop
     "A": ("decision-diffuser", "diffuser"),
-    "A9": ("decision-diffuser", "diffuser"),
     "A128": ("decision-diffuser", "diffuser"),
     "B": ("decision-diffuser",),
     "B128": ("decision-diffuser",),
@@ -150,12 +147,11 @@ def ours(loop: str, name: str, options) -> None:
     from common.run import Run
 
     script = dawm_iql if loop == "D" else dawm_td3bc
-    horizon = 7 if loop == "A9" else 6
     with tempfile.TemporaryDirectory() as folder:
         args = script.Args(
             run_dir=Path(folder), stage_dir=Path(folder), device=options.device, threads=options.threads,
             world_model_steps=FOREVER, idm_steps=FOREVER, agent_updates=FOREVER, eval_every=FOREVER,
-            target_return="own", unet_width=128 if "128" in loop else 32, model_horizon=horizon, horizon=horizon,
+            target_return="own", unet_width=128 if "128" in loop else 32, horizon=7,
             compile=name == "ours, --compile", synthetic_fraction=float(loop not in "CD"), synthesis_batch_size=256,
             idm_width=256 if loop[0] == "B" else 1024,
         )  # fmt: skip
@@ -181,7 +177,7 @@ def ours(loop: str, name: str, options) -> None:
             script.train_world_model(args, windows, run)
         Clock.units = staticmethod(lambda index: len(index) * (args.horizon + 1))
         world_model = script.WorldModel(args, windows).to(run.device)
-        inverse_dynamics = script.InverseDynamics(args, windows.obs, 3).to(run.device).eval()
+        inverse_dynamics = script.InverseDynamics(args, windows.obs, windows.change, 3).to(run.device).eval()
         script.synthesize(args, windows, world_model, inverse_dynamics, run)
 
 
@@ -221,29 +217,31 @@ def plain(loop: str, options) -> None:
         for update in metered(range(FOREVER)):
             agent.update(*draw(columns, 256, device), *([update % 2 == 1] if loop == "C" else []))
     if loop == "I":
-        networks = script.InverseDynamics(script.Args(), torch.as_tensor(data.obs), 3).to(device)
+        networks = script.InverseDynamics(script.Args(), *2 * [torch.as_tensor(data.obs)], 3).to(device)
         triples = np.concatenate([data.obs[:-2], data.obs[1:-1], data.obs[2:]], axis=1)
         trainer = InverseDynamicsTrainer(networks.mean, networks.log_std, triples, data.action[1:-1])
         for _ in metered(range(FOREVER)):
             trainer.update()
-    denoiser = script.TemporalUNet(12, 3, 128 if "128" in loop else 32, (1, 4, 8)).to(device)  # without fast.on_cpu
+    args = script.Args(unet_width=128 if "128" in loop else 32, idm_width=256)
+    denoiser = script.Denoiser(args, 8, 12, 14).to(device)  # without fast.on_cpu
     alpha_bar = script.cosine_alpha_bar(5)
     if loop.startswith("A"):
-        tokens = 12 if loop == "A9" else 8
-        index = np.arange(len(data.obs) - tokens)[:, None] + np.arange(tokens)
-        windows = np.concatenate([data.obs, data.reward[:, None]], axis=1)[index]
-        trainer = WorldModelTrainer(denoiser, windows, data.action[:-tokens], data.reward[:-tokens], alpha_bar)
+        index = np.arange(len(data.obs) - 8)[:, None] + np.arange(8)
+        windows = np.concatenate([data.next_obs - data.obs, data.reward[:, None]], axis=1)[index]
+        pairs = np.concatenate([data.obs, data.action], axis=1)[:-8]
+        trainer = WorldModelTrainer(denoiser, windows, pairs, data.reward[:-8], alpha_bar)
         for _ in metered(range(FOREVER)):
             trainer.update()
     steps = script.strided_steps(5, 3)
     coefficients = script.posterior_coefficients(alpha_bar, steps)
-    chain = [(k, (alpha_bar[k].item(), *c)) for k, c in zip(steps, coefficients, strict=True)][::-1]
-    idm = script.InverseDynamics(script.Args(idm_width=256), torch.as_tensor(data.obs), 3).to(device).eval()
+    chain = [*zip(steps, coefficients, strict=True)][::-1]
+    idm = script.InverseDynamics(args, *2 * [torch.as_tensor(data.obs)], 3).to(device).eval()
     obs, action = (torch.as_tensor(array[:256], device=device) for array in (data.obs, data.action))
-    for _ in metered(range(FOREVER), lambda _: 256 * 7):
-        x = sample(denoiser, obs, action, action[:, :1], 8, 12, chain, 1.2)[..., :11]
+    for _ in metered(range(FOREVER), lambda _: 256 * 8):
+        change = sample(denoiser, torch.cat([obs, action], dim=1), action[:, :1], 8, 12, chain, 1.2)[..., :11]
+        x = torch.cat([obs[:, None], obs[:, None] + change.cumsum(1)], dim=1)
         with torch.no_grad():
-            for step in range(1, 7):
+            for step in range(1, 8):
                 idm(torch.cat([x[:, step - 1], x[:, step], x[:, step + 1]], dim=1))
 
 
