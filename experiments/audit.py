@@ -23,9 +23,12 @@ Printed, and written to the run's folder as audit.json and audit.png.
 import json
 import math
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import UserError
 from common.cli import Count, parse_args, tell

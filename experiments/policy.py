@@ -11,10 +11,13 @@ The picture is gymnasium's where OpenGL works, else a stick figure of the three 
 """
 
 import copy
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import UserError
 from common.cli import Count, Seed, parse_args, tell

@@ -24,6 +24,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Literal
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from common import UserError
 from common.cli import parse_args, tell
 from common.evaluation import Stepper

@@ -3,15 +3,11 @@
 import importlib
 import json
 import re
-import sys
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from common import UserError  # noqa: E402
+from common import UserError
 
 
 def load_run(folder: Path) -> SimpleNamespace:

@@ -7,9 +7,12 @@ Every row keeps its state and action. Of next state, reward and end, those that 
 by what the simulator does from there; the last line is the run's real data. Half an hour a line for 80,000 updates.
 """
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.cli import Count, Seed, parse_args, tell
 from common.evaluation import Stepper, score_report
