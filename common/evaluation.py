@@ -292,9 +292,7 @@ def normalized_score(robot: str, mean_return: float) -> float | None:
 
 
 def score_report(dataset, history: list[tuple[int, float]], evaluator: Evaluator) -> dict[str, str]:
-    """Closing lines, from the (step, mean return) of each evaluation: the data's own mean, the final one, and the mean
-    of the last 10 where that is not the mean of the whole curve.
-    """
+    """Closing lines, from the (step, mean return) of each evaluation: the last one, their mean, and the data's own."""
 
     def line(mean: float | None) -> str:
         if mean is None:
@@ -303,8 +301,8 @@ def score_report(dataset, history: list[tuple[int, float]], evaluator: Evaluator
         return f"return {mean:8.1f}   " + ("no D4RL reference" if score is None else f"normalized score {score:6.1f}")
 
     returns = [value for _, value in history]
-    lines = {"data's own mean": line(dataset.mean_return), "final": line(returns[-1])}
-    if len(returns) > 10:
-        lines["mean of last 10"] = line(float(np.mean(returns[-10:])))
     where = f"{len(evaluator.envs)} episodes in {described(dataset.spec)}, physics {evaluator.physics}"
-    return lines | {"evaluation": where}
+    lines = {"evaluation": where, "final": line(returns[-1])}
+    if len(returns) > 1:
+        lines["mean of the curve"] = line(float(np.mean(returns)))
+    return lines | {"data's own mean": line(dataset.mean_return)}

@@ -1,5 +1,6 @@
 """One run: its folder, seeds, log, closing table and plot. Its long parts are stages (stages.py)."""
 
+import csv
 import datetime
 import hashlib
 import importlib.metadata
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+CONTROLS = Path(__file__).with_name("controls.csv")  # measured; experiments/controls.py writes it
 PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "minari", "h5py")
 
 
@@ -240,18 +242,28 @@ class Run:
         (self.folder / "run.lock").unlink(missing_ok=True)
 
     def _verdict(self) -> dict[str, str]:
-        """Is the score good? The first thing to know is whether it is better than the data."""
-        mean, final = self.content["data"]["mean_return"], self.history.get("eval/episodic_return")
-        if mean is None or not final:
-            return {}
-        above = final[-1][1] - mean
-        text = f"{abs(above):.1f} {'above' if above > 0 else 'below'} the data's own mean return"
-        if "eval/episodic_return_std" in self.history:
-            text += f"; episodes vary by {self.history['eval/episodic_return_std'][-1][1]:.1f} (std)"
-        return {"final is": text}
+        """Is the score good? What others reached with the same data, and whether it is better than the data."""
+        lines, mean = {}, self.content["data"]["mean_return"]
+        for row in self._controls():
+            score = f"normalized score {row['score']:>6} ± {row['score_std']}" if row["score"] else "no D4RL reference"
+            told = f"   (mean of the curve, {len(row['seeds'].split())} seeds)"
+            lines[row["control"]] = f"return {float(row['return']):8.1f}   {score}{told}"
+        if mean is not None and (final := self.history.get("eval/episodic_return")):
+            above = final[-1][1] - mean
+            text = f"{abs(above):.1f} {'above' if above > 0 else 'below'} the data's own mean return"
+            if "eval/episodic_return_std" in self.history:
+                text += f"; episodes vary by {self.history['eval/episodic_return_std'][-1][1]:.1f} (std)"
+            lines["final is"] = text
+        return lines
+
+    def _controls(self) -> list[dict[str, str]]:
+        """Known results of learners without a world model on these data in this physics; none for other data."""
+        here = self.content["data"]["fingerprint"], self.content["physics"]
+        rows = csv.DictReader(CONTROLS.read_text().splitlines()) if CONTROLS.exists() else ()
+        return [row for row in rows if (row["fingerprint"], row["physics"]) == here]
 
     def _plot(self) -> None:
-        """The return beside the data's mean, large; what was trained, small: a held-out loss with that of training."""
+        """The return beside the data's mean and the known controls, large; what was trained, small, held out or not."""
         from matplotlib.figure import Figure  # slow to import
 
         names = [n for n in self.history if len(self.history[n]) > 1 and not n.startswith(("time/", "eval/"))]
@@ -282,12 +294,15 @@ class Run:
     def _plot_return(self, axis) -> None:
         steps, returns = zip(*self.history["eval/episodic_return"], strict=True)
         spread = [value for _, value in self.history.get("eval/episodic_return_std", [])] or None
-        label = f"the policy: {returns[-1]:.1f} at the end"
-        if "eval/normalized_score" in self.history:
-            label += f", D4RL score {self.history['eval/normalized_score'][-1][1]:.1f}"
+        label = f"this run: {returns[-1]:.1f} at the end"
+        if len(returns) > 1:
+            label += f", mean of the curve {np.mean(returns):.1f}"
         axis.errorbar(steps, returns, spread, marker=".", elinewidth=0.8, capsize=2, label=label)
         if (mean := self.content["data"]["mean_return"]) is not None:
             axis.axhline(mean, color="black", linestyle="--", label=f"mean of the data's episodes: {mean:.1f}")
+        for row, color in zip(self._controls(), ("tab:green", "tab:orange", "tab:red"), strict=False):
+            label = f"{row['control']}, mean of the curve: {row['return']}"
+            axis.axhline(float(row["return"]), color=color, linestyle="-.", label=label)
         axis.set_ylabel(f"return of an episode; bars: std over {self.args.eval_episodes} episodes", fontsize=9)
         axis.legend(loc="lower left", bbox_to_anchor=(0, 1), fontsize=9, frameon=False)
 

@@ -295,18 +295,18 @@ def test_normalized_score(robot, mean_return, score):
 
 
 def test_closing_lines():
-    """The data's own mean is (4 + 3) / 2; a mean of ten only where there are more; no mean of pieces of episodes."""
+    """The data's own mean is (4 + 3) / 2; a mean of the curve where there is one; no mean of pieces of episodes."""
     data = dataset_of(gym.make("Pendulum-v1", g=5))
     data.spec.max_episode_steps = 4
     evaluator = Evaluator(data, "auto", 2)
-    history = [(step, float(step)) for step in range(10)]
-    report = score_report(data, history, evaluator)
-    assert list(report) == ["data's own mean", "final", "evaluation"]
+    report = score_report(data, [(5, 1.0), (10, 9.0)], evaluator)
+    assert list(report) == ["evaluation", "final", "mean of the curve", "data's own mean"]
     assert "3.5" in report["data's own mean"] and "9.0" in report["final"] and "no D4RL reference" in report["final"]
     assert report["evaluation"] == "2 episodes in Pendulum-v1(g=5), physics stock"
-    assert "5.6" in score_report(data, [*history, (10, 11.0)], evaluator)["mean of last 10"]  # (1 + ... + 9 + 11) / 10
+    assert "return      5.0" in report["mean of the curve"]
+    assert "mean of the curve" not in score_report(data, [(5, 1.0)], evaluator)
     data.complete = np.zeros(2, bool)
-    assert "not told" in score_report(data, history, evaluator)["data's own mean"]
+    assert "not told" in score_report(data, [(5, 1.0)], evaluator)["data's own mean"]
 
 
 def test_bad_simulators_are_told_in_one_line():

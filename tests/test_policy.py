@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+from common import UserError
 from common.evaluation import Evaluator, normalized_score
 from common.run import Run
 
@@ -17,7 +18,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 from test_own_data import record
-from toy import TOY, TOY_AGENT, TOY_IDM, TOY_WORLD_MODEL, child, folders_below, hopper_run, run
+from toy import ROOT, TOY, TOY_AGENT, TOY_IDM, TOY_WORLD_MODEL, child, folders_below, hopper_run, run
 
 LEARNERS = {
     "dawm_td3bc": TOY,
@@ -33,7 +34,7 @@ LEARNERS = {
 def policy(folder: Path, *words, **environment) -> SimpleNamespace:
     """`python experiments/policy.py words` -> exit code, all that it printed, and the rows of its table."""
     log = folder / f"policy-{time.monotonic_ns()}.txt"
-    process = child(_policy, [str(word) for word in words], log=log, **environment)
+    process = child(_command, ["experiments/policy.py", *map(str, words)], log=log, **environment)
     process.join()
     text = log.read_text()
     rows = re.findall(r"^(episodes|means|the data).*?((?: +[-\d.]+){4}) +(\S+)$", text, flags=re.M)
@@ -41,10 +42,15 @@ def policy(folder: Path, *words, **environment) -> SimpleNamespace:
     return SimpleNamespace(code=process.exitcode, text=text, rows=rows)
 
 
-def _policy(words: list[str]) -> None:
-    sys.path.insert(0, "experiments")
-    sys.argv = ["experiments/policy.py", *words]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+def _command(words: list[str]) -> None:
+    """As `python words`: only the script's own folder is searched, and nothing of ours has been imported."""
+    script = ROOT / words[0]
+    sys.path[:] = [str(script.parent), *(p for p in sys.path if Path(p) not in (Path(), ROOT, ROOT / "tests"))]
+    for name, module in list(sys.modules.items()):
+        if ROOT in Path(getattr(module, "__file__", None) or "/").parents and "site-packages" not in module.__file__:
+            del sys.modules[name]
+    sys.argv = words
+    runpy.run_path(str(script), run_name="__main__")
 
 
 def finals(folder: Path) -> tuple[float, float]:
@@ -67,6 +73,15 @@ def made(toy):
         return folders[module]
 
     return make
+
+
+@pytest.mark.parametrize("script", [p.name for p in ROOT.glob("experiments/*.py") if "main" in p.read_text()])
+def test_every_command_finds_the_projects_modules(script, tmp_path):
+    """Asked for what it does not know, each tells how it is used, or what else it needs."""
+    process = child(_command, [f"experiments/{script}", *3 * ["--no-such-word"]], log=tmp_path / "log")
+    process.join()
+    text = (tmp_path / "log").read_text()
+    assert process.exitcode and text and "No module named" not in text.replace("named 'd3rlpy'", "")
 
 
 @pytest.mark.parametrize("module", LEARNERS)
@@ -151,8 +166,8 @@ def test_bad_input_is_one_line_and_code_2(words, message, made, tmp_path):
     assert result.code == 2 and message in result.text and result.text.count("\n") == 1, result.text
 
 
-def test_the_closing_picture_and_words_compare_with_the_data(tmp_path, monkeypatch):
-    """Runs of tests draw none: this one does. The words by hand: 90 - 100, and the last std."""
+def test_the_closing_picture_and_words_compare_with_the_data_and_the_controls(tmp_path, monkeypatch):
+    """Runs of tests draw none: this one does. By hand: 90 - 100, and the last std; controls of other data are none."""
     history = {"eval/episodic_return": [(5, 80.0), (10, 90.0)], "eval/episodic_return_std": [(5, 8.0), (10, 9.0)]}
     history |= {
         "idm/loss": [(1, 2.0), (2, 1.0)],
@@ -160,14 +175,58 @@ def test_the_closing_picture_and_words_compare_with_the_data(tmp_path, monkeypat
         "time/rate": [(1, 1.0), (2, 1.0)],
     }
     closing = Run.__new__(Run)
-    closing.folder, closing.history, closing.content = tmp_path, history, {"data": {"mean_return": 100.0}}
+    closing.folder, closing.history = tmp_path, history
+    closing.content = {"data": {"mean_return": 100.0, "fingerprint": "abc"}, "physics": "d4rl"}
     closing.args = SimpleNamespace(exp_name="method", env_id="data/set-v0", seed=3, eval_episodes=7)
-    assert closing._verdict() == {"final is": "10.0 below the data's own mean return; episodes vary by 9.0 (std)"}
+    monkeypatch.setattr("common.run.CONTROLS", tmp_path / "controls.csv")
+    verdict = {"final is": "10.0 below the data's own mean return; episodes vary by 9.0 (std)"}
+    assert closing._verdict() == verdict  # without the file
+    (tmp_path / "controls.csv").write_text(
+        "control,seeds,return,score,score_std,physics,fingerprint\ncloning the data,0 1,1234.5,38.2,0.2,d4rl,abc\n"
+        "an old one,0 1,1,1,1,d4rl,changed\nanother one,0 1,1,1,1,stock,abc\nTD3,0 1 2,99.0,,,d4rl,abc\n"
+    )
+    assert closing._verdict() == verdict | {
+        "cloning the data": "return   1234.5   normalized score   38.2 ± 0.2   (mean of the curve, 2 seeds)",
+        "TD3": "return     99.0   no D4RL reference   (mean of the curve, 3 seeds)",
+    }
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: drawn.append(figure))
     closing._plot()
     score, loss = drawn[0].axes
     assert drawn[0].get_suptitle() == "method on data/set-v0, seed 3" and loss.get_title() == "idm/loss"
     assert [text.get_text() for text in loss.get_legend().get_texts()] == ["training", "held out"]
-    labels = {text.get_text() for text in score.get_legend().get_texts()}
-    assert labels == {"the policy: 90.0 at the end", "mean of the data's episodes: 100.0"}
+    assert {text.get_text() for text in score.get_legend().get_texts()} == {
+        "this run: 90.0 at the end, mean of the curve 85.0",
+        "mean of the data's episodes: 100.0",
+        "cloning the data, mean of the curve: 1234.5",
+        "TD3, mean of the curve: 99.0",
+    }
+
+
+def test_controls_are_taken_from_finished_runs(tmp_path, monkeypatch, capsys):
+    """Two seeds of cloning, means of their curves 20 and 40; a row of other data with that name goes."""
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    import controls
+
+    monkeypatch.setattr(controls, "CONTROLS", tmp_path / "controls.csv")
+    data = {"env_id": "e", "robot": "", "fingerprint": "old"}
+    for seed, returns in ((1, [10, 30]), (0, [40, 40])):
+        folder = tmp_path / "runs" / str(seed)
+        folder.mkdir(parents=True)
+        (folder / "summary.txt").write_text("total   60.0 s\n")
+        lines = [json.dumps({"step": i, "eval/episodic_return": x}) for i, x in enumerate(returns)]
+        (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    for fingerprint in ("old", "new"):
+        for seed in (0, 1):
+            words = ["dawm_td3bc.py", "--bc-alpha", "0", "--seed", str(seed), "--run-dir", "x"]
+            args = {"synthetic_fraction": 0, "bc_alpha": 0.0, "seed": seed}
+            content = {"args": args, "data": data | {"fingerprint": fingerprint}, "physics": "stock", "git": "rev"}
+            content["command"] = words
+            (tmp_path / "runs" / str(seed) / "args.json").write_text(json.dumps(content))
+        controls.main(tmp_path / "runs")
+    row = "e,stock,cloning the data,0 1,30.0,14.1,,,python dawm_td3bc.py --bc-alpha 0,rev,new"
+    assert (tmp_path / "controls.csv").read_text() == ",".join(controls.FIELDS) + f"\n{row}\n"
+    content["command"].append("--gamma=0.9")
+    (tmp_path / "runs" / "1" / "args.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="two runs or more that differ in the seed alone, not python dawm"):
+        controls.main(tmp_path / "runs")
