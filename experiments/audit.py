@@ -38,8 +38,8 @@ from common.files import write_text
 import numpy as np
 import torch
 import tyro
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from run_folders import load_rollouts
 from torch import nn
 from tqdm import tqdm
@@ -326,7 +326,8 @@ def audit(parts, options: Args) -> dict:
     real = draw_rows(real, torch.ones(real.shape[:2], dtype=torch.bool), sizes, options.rows)
     steps = [rows[rows.step == h] for h in range(parts.args.horizon + 1)]
     names = NAMES.get(dataset.robot) or [str(i) for i in range(len(obs_sd))]
-    result = {"run": str(options.run), "rows": int(parts.rollouts["valid"].sum()), "names": names}
+    run = f"{parts.args.exp_name} on {parts.args.env_id}"
+    result = {"run": run, "rows": int(parts.rollouts["valid"].sum()), "names": names}
     half = np.arange(len(real.obs)) % 2 == 0
     result["likeness"] = [likeness(part, real) for part in steps] + [likeness(real[half], real[~half])]
     spreads = [float((part.action.std(0) / real.action.std(0)).mean()) for part in steps]
@@ -391,38 +392,54 @@ def table(result: dict) -> str:
 
 
 def draw(result: dict, path: Path) -> None:
-    """One page: what the simulator says above, actions and the model's spread below."""
-    figure = Figure(figsize=(14, 7.5), layout="constrained")
-    panels = figure.subplots(2, 3)
+    """One page, a panel for each question that could be asked. 0 is exact, but for the likeness, where 1 is."""
+    names = ["state", "reward", "dimensions", "action"] if "simulator" in result else []
+    names += ["likeness"] + ["crps", "spread"] * ("calibration" in result)
+    columns = min(4, len(names))
+    figure = Figure(figsize=(3.8 * columns, 4.2 * -(-len(names) // columns)), layout="constrained")
+    grid = figure.subplots(-(-len(names) // columns), columns, squeeze=False)
+    panels = dict(zip(names, grid.flat, strict=False))
+    for axis in grid.flat[len(names) :]:
+        axis.axis("off")
     if "simulator" in result:
         parts = [part for name, part in result["simulator"].items() if name.startswith("step")]
-        for axis, what in ((panels[0, 0], "state"), (panels[0, 1], "reward")):
-            for q in ("median", "90%", "99%"):
-                axis.plot([part[what][q] for part in parts], "o-", label=f"generated, {q}")
+        for what in ("state", "reward"):
+            for q in ("99%", "90%", "median"):
+                panels[what].plot([part[what][q] for part in parts], "o-", label=f"generated rows, {q}")
             for name, style in zip((x for x in result["simulator"] if x.startswith("real")), ("--", ":"), strict=False):
-                axis.axhline(result["simulator"][name][what]["median"], color="black", linestyle=style, label=name)
-            axis.set(yscale="log", title=f"error of the {what}, sd", xlabel="step of the rollout")
-        errors = np.array([list(part["dimensions"].values()) for part in parts]).T.clip(min=1e-6)
-        shown = panels[0, 2].imshow(errors, aspect="auto", norm=LogNorm())
-        panels[0, 2].set_yticks(range(len(errors)), result["names"], fontsize=7)
-        panels[0, 2].set(title="median error by dimension, sd", xlabel="step of the rollout")
-        figure.colorbar(shown, ax=panels[0, 2])
-        for what in ("left", "its part"):
-            label = {"left": "no action explains", "its part": "the row's action adds"}[what]
-            panels[1, 0].plot([part[what]["median"] for part in result["action"]], "o-", label=label)
-        panels[1, 0].set(title="parts of the state error, median, sd", xlabel="step of the rollout", ylim=0)
+                median = result["simulator"][name][what]["median"]
+                label = f"{name.replace('real', 'real rows')}, median: {median:.1g}"
+                panels[what].axhline(median, color="black", linestyle=style, label=label)
+            panels[what].set_ylabel(f"{'next state' if what == 'state' else what} against the simulator's [sd]")
+        errors = np.array([list(part["dimensions"].values()) for part in parts]).T
+        shown = panels["dimensions"].imshow(errors, aspect="auto", vmin=0)
+        panels["dimensions"].set_yticks(range(len(errors)), result["names"], fontsize=7)
+        figure.colorbar(shown, ax=panels["dimensions"], label="median error of the next state by dimension [sd]")
+        for what, label in (("left", "that no action explains"), ("its part", "that the row's action adds")):
+            panels["action"].plot([part[what]["median"] for part in result["action"]], "o-", label=label)
+        panels["action"].set_ylabel("parts of the state's error, median [sd]")
+    *steps, halves = result["likeness"]
+    for what, color in (("marginals", "tab:blue"), ("correlations", "tab:orange")):
+        panels["likeness"].plot([part[what] for part in steps], "o-", color=color, label=what)
+        panels["likeness"].axhline(halves[what], color=color, linestyle=":", label=f"{what}, halves of the data")
+    panels["likeness"].plot(result["action spread"][:-1], "o-", color="tab:green", label="std of actions")
+    panels["likeness"].set_ylabel("likeness to the data [1: equal]")
     for (name, found), color in zip(result.get("calibration", {}).items(), ("tab:blue", "tab:orange"), strict=False):
         place = range(1, len(found["crps"]) + 1)
-        panels[1, 1].plot(place, found["crps"], "o-", color=color, label=name)
-        panels[1, 2].plot(place, found["error"], "-", color=color, label=f"{name}: error")
-        panels[1, 2].plot(place, found["spread"], ":", color=color, label=f"{name}: spread")
-    panels[1, 1].set(title="CRPS, sd: lower is better", xlabel="step after the real pair", ylim=0)
-    panels[1, 2].set(title="spread should equal error, sd", xlabel="step after the real pair", ylim=0)
-    for axis in panels.flat:
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7)
+        panels["crps"].plot(place, found["crps"], "o-", color=color, label=name)
+        panels["spread"].plot(place, found["error"], "o-", color=color, label=f"{name}: error of its mean")
+        panels["spread"].plot(place, found["spread"], "o:", color=color, label=f"{name}: its spread")
+        panels["crps"].set_ylabel("CRPS of states and rewards [sd]")
+        panels["spread"].set_ylabel("error and spread, equal if calibrated [sd]")
+    for name, axis in panels.items():
+        axis.set_xlabel("step after the real pair" if name in ("crps", "spread") else "step of the rollout")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if name != "dimensions":
+            axis.legend(loc="lower left", bbox_to_anchor=(0, 1), fontsize=8, frameon=False)  # above all curves
             axis.grid(alpha=0.3)
-    figure.suptitle(f"{result['run']}, {result['rows']:,} transitions", fontsize=10)
+        if name not in ("dimensions", "likeness"):
+            axis.set_ylim(bottom=0)
+    figure.suptitle(f"{result['run']}: {result['rows']:,} generated transitions; sd: of the data", fontsize=10)
     figure.savefig(path, dpi=80)
 
 

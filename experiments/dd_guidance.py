@@ -103,7 +103,7 @@ def report(rows: list[dict]) -> None:
     for axis in (plans, episodes):
         axis.set_xlabel("return asked for: percentile of the data's labels")
         axis.set_xticks(PERCENTILES)
-        axis.legend(fontsize=8)
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=8, frameon=False)
         axis.grid(alpha=0.3)
     figure.suptitle(f"Decision Diffuser asked for more: {ENV_ID}, --laptop", fontsize=10)
     figure.savefig(PICTURE, dpi=100)
