@@ -5,12 +5,10 @@
 
 Runs that differ in nothing but the agent's seed form one row, named by --exp-name. Scores are D4RL's, 0 to 100: mean
 and standard deviation (n - 1) over seeds of the final evaluation and of the mean over the curve. "minutes" is the mean
-wall time of a run, without the stages that it found kept. In the picture thin lines are seeds, the thick one is their
-mean, the dashed one the data's own mean.
+wall time of a run, without the stages that it found kept. In the picture thin lines are seeds, thick ones their mean.
 """
 
 import json
-import math
 import statistics
 import sys
 from collections import defaultdict
@@ -79,27 +77,27 @@ def main(root: Path, picture: Path | None) -> None:
 
 
 def draw(groups: list[list], picture: Path) -> None:
-    """A panel for each method that has a curve."""
-    groups = [runs for runs in groups if len(runs[0].metrics["eval/normalized_score"]) > 1]
-    if not groups:
+    """All methods that have a curve in one panel for each data set."""
+    panels = defaultdict(list)
+    for runs in groups:
+        if len(runs[0].metrics["eval/normalized_score"]) > 1:
+            panels[runs[0].content["data"]["env_id"]].append(runs)
+    if not panels:
         raise UserError("no run was evaluated twice, so there is no curve to draw; lower --eval-every")
-    rows = math.ceil(len(groups) / 4)
-    figure = Figure(figsize=(13, 2.6 * rows), layout="constrained")
-    panels = figure.subplots(rows, 4, squeeze=False, sharex=True, sharey=True)
-    for axis, runs in zip(panels.flat, groups, strict=False):
-        args, data = runs[0].content["args"], runs[0].content["data"]
-        curves = np.array([run.metrics["eval/normalized_score"] for run in runs])
-        updates = args["eval_every"] * np.arange(1, curves.shape[1] + 1)
-        axis.plot(updates, curves.T, color="tab:blue", linewidth=0.8, alpha=0.5)
-        axis.plot(updates, curves.mean(0), color="tab:blue", linewidth=2)
-        if own_score(data) is not None:
-            axis.axhline(own_score(data), color="black", linewidth=0.8, linestyle="--")
-        axis.set_title(f"{args['exp_name']}, {len(runs)} seed{'s' * (len(runs) > 1)}", fontsize=9)
+    figure = Figure(figsize=(9, 4 * len(panels)), layout="constrained")
+    for axis, (env_id, methods) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
+        for number, runs in enumerate(methods):
+            args, color = runs[0].content["args"], f"C{number % 10}"
+            curves = np.array([run.metrics["eval/normalized_score"] for run in runs])
+            updates = args["eval_every"] * np.arange(1, curves.shape[1] + 1)
+            axis.plot(updates, curves.T, color=color, linewidth=0.6, alpha=0.4)
+            label = f"{args['exp_name']}, {len(runs)} seed{'s' * (len(runs) > 1)}"
+            axis.plot(updates, curves.mean(0), "-" if number < 10 else "--", color=color, linewidth=2, label=label)
+        if (own := own_score(methods[0][0].content["data"])) is not None:
+            axis.axhline(own, color="black", linewidth=1, linestyle=":", label="mean of the data's episodes")
+        axis.set(xlabel="updates of the agent", ylabel=f"D4RL score, {env_id}")
+        axis.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
         axis.grid(alpha=0.3)
-    for axis in panels.flat[len(groups) :]:
-        axis.axis("off")
-    figure.supxlabel("updates of the agent", fontsize=9)
-    figure.supylabel("D4RL score", fontsize=9)
     figure.savefig(picture, dpi=90)
 
 
