@@ -405,10 +405,10 @@ def draw(result: dict, path: Path) -> None:
         parts = [part for name, part in result["simulator"].items() if name.startswith("step")]
         for what in ("state", "reward"):
             for q in ("99%", "90%", "median"):
-                panels[what].plot([part[what][q] for part in parts], "o-", label=f"generated rows, {q}")
+                panels[what].plot([part[what][q] for part in parts], "o-", label=f"generated, {q}")
             for name, style in zip((x for x in result["simulator"] if x.startswith("real")), ("--", ":"), strict=False):
                 median = result["simulator"][name][what]["median"]
-                label = f"{name.replace('real', 'real rows')}, median: {median:.1g}"
+                label = f"{name.replace('physics ', '')}, median: {median:.1g}"
                 panels[what].axhline(median, color="black", linestyle=style, label=label)
             panels[what].set_ylabel(f"{'next state' if what == 'state' else what} against the simulator's [sd]")
         errors = np.array([list(part["dimensions"].values()) for part in parts]).T
@@ -421,7 +421,7 @@ def draw(result: dict, path: Path) -> None:
     *steps, halves = result["likeness"]
     for what, color in (("marginals", "tab:blue"), ("correlations", "tab:orange")):
         panels["likeness"].plot([part[what] for part in steps], "o-", color=color, label=what)
-        panels["likeness"].axhline(halves[what], color=color, linestyle=":", label=f"{what}, halves of the data")
+        panels["likeness"].axhline(halves[what], color=color, linestyle=":", label=f"{what}, data's halves")
     panels["likeness"].plot(result["action spread"][:-1], "o-", color="tab:green", label="std of actions")
     panels["likeness"].set_ylabel("likeness to the data [1: equal]")
     for (name, found), color in zip(result.get("calibration", {}).items(), ("tab:blue", "tab:orange"), strict=False):
@@ -435,9 +435,8 @@ def draw(result: dict, path: Path) -> None:
         axis.set_xlabel("step after the real pair" if name in ("crps", "spread") else "step of the rollout")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         if name != "dimensions":
-            axis.legend(loc="lower left", bbox_to_anchor=(0, 1), fontsize=8, frameon=False)  # above all curves
+            axis.legend(loc="lower left", bbox_to_anchor=(-0.1, 1), fontsize=7, frameon=False, ncols=2)  # above
             axis.grid(alpha=0.3)
-        if name not in ("dimensions", "likeness"):
             axis.set_ylim(bottom=0)
     figure.suptitle(f"{result['run']}: {result['rows']:,} generated transitions; sd: of the data", fontsize=10)
     figure.savefig(path, dpi=80)
