@@ -228,7 +228,8 @@ class Run:
         rows += [("total", f"{total:7.1f} s"), ("peak memory", f"{_peak_memory_gib():.2f} GiB")]
         rows += [*results.items(), *self._verdict().items()]
         rows += [("folder", str(self.folder)), ("plot", str(self.folder / "curves.png"))]
-        rows += [("to watch it", f"python experiments/policy.py {self.folder} --gif policy.gif")]
+        python = sys.executable.removeprefix(f"{os.getcwd()}/")  # where no environment has been activated
+        rows += [("to watch it", f"{python} experiments/policy.py {self.folder} --gif policy.gif")]
         width = max(len(name) for name, _ in rows)
         table = "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
         print(f"\n{'-' * 72}\n{table}\n{'-' * 72}")
