@@ -396,7 +396,7 @@ def draw(result: dict, path: Path) -> None:
     names = ["state", "reward", "dimensions", "action"] if "simulator" in result else []
     names += ["likeness"] + ["crps", "spread"] * ("calibration" in result)
     columns = min(4, len(names))
-    figure = Figure(figsize=(3.8 * columns, 4.2 * -(-len(names) // columns)), layout="constrained")
+    figure = Figure(figsize=(4 * columns, 4.5 * -(-len(names) // columns)), layout="constrained")
     grid = figure.subplots(-(-len(names) // columns), columns, squeeze=False)
     panels = dict(zip(names, grid.flat, strict=False))
     for axis in grid.flat[len(names) :]:
@@ -435,7 +435,7 @@ def draw(result: dict, path: Path) -> None:
         axis.set_xlabel("step after the real pair" if name in ("crps", "spread") else "step of the rollout")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         if name != "dimensions":
-            axis.legend(loc="lower left", bbox_to_anchor=(-0.1, 1), fontsize=7, frameon=False, ncols=2)  # above
+            axis.legend(loc="lower left", bbox_to_anchor=(-0.1, 1), fontsize=8, frameon=False)  # above all curves
             axis.grid(alpha=0.3)
             axis.set_ylim(bottom=0)
     figure.suptitle(f"{result['run']}: {result['rows']:,} generated transitions; sd: of the data", fontsize=10)
