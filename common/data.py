@@ -17,13 +17,13 @@ import time
 import urllib.request
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
 from common import UserError
 from common.evaluation import LEARNING, described, fall_rule, from_box, is_unchanged, make_env, plain, robot_of
-from common.files import locked, one_line, sha256_of
+from common.files import NO_LOCKS, locked, one_line, sha256_of
 
 import gymnasium as gym
 import h5py
@@ -35,7 +35,6 @@ D4RL_QUALITIES = ("random", "medium", "medium-replay", "medium-expert", "full-re
 LOCAL_QUALITIES = ("random", "medium", "medium-replay", "medium-expert", "expert")
 D4RL_NAMES = [f"{robot}-{quality}-v2" for robot in ROBOTS for quality in D4RL_QUALITIES]
 LOCAL_NAMES = [f"local/{robot}/{quality}-v0" for robot in ROBOTS for quality in LOCAL_QUALITIES]
-OTHER_D4RL = r"(antmaze|maze2d|pen|hammer|door|relocate|kitchen|ant|flow|carla|minigrid|bullet)-.+"
 D4RL_LOCATIONS = (
     "https://huggingface.co/datasets/imone/D4RL/resolve/9ed58d8a76c12f4c1cb5db51fa71389e703d2ec5",
     "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2",
@@ -45,8 +44,6 @@ MINARI_KEYS = ("observations", "actions", "rewards", "terminations", "truncation
 CONNECT_SECONDS = 2  # offline must be told within two seconds
 MAX_FILE_BYTES = 4 * 2**30  # the largest D4RL locomotion file has under 1 GiB
 UNBOUNDED = 1e10  # of an action; some write the largest float for infinity
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system that grants none
-UNREADABLE = (OSError, RuntimeError, LookupError, TypeError, ValueError, AssertionError, AttributeError, MemoryError)
 
 # (episodes and steps up to the last flag, mean return), bytes and sha256 of the published files. D4RL publishes no
 # checksums: these are what independent users have pinned.
@@ -82,11 +79,6 @@ class OfflineDataset:
     healthy_low, healthy_high [obs_dim]: the simulator's fall rule, fallen unless low < obs < high; None where no rule
     is known or the rows contradict it.
     """
-
-    ARRAYS = (
-        "obs", "action", "reward", "next_obs", "terminated", "lengths", "complete", "action_low", "action_high",
-        "healthy_low", "healthy_high",
-    )  # fmt: skip
 
     env_id: str
     source: str
@@ -131,8 +123,7 @@ class OfflineDataset:
 
     @property
     def mean_return(self) -> float | None:
-        """None where the rows are pieces of episodes: a third of the ends or more unmarked, or half of the episodes
-        cut."""
+        """None where the rows are pieces of episodes: a third of the ends unmarked, or half of the episodes cut."""
         marked = self.complete.sum()
         pieces = marked <= 2 * (~self.complete[:-1]).sum() or 2 * self.cut.sum() > marked
         return None if pieces else float(self.returns.mean())
@@ -141,9 +132,9 @@ class OfflineDataset:
     def fingerprint(self) -> str:
         """sha256 of what was loaded, whatever file it came from and however that was read."""
         digest = hashlib.sha256(repr(self.spec).encode())
-        for name in self.ARRAYS:
-            array = getattr(self, name)
-            digest.update(b"" if array is None else np.ascontiguousarray(array).data)
+        for field in fields(self):
+            if field.type in (np.ndarray, np.ndarray | None) and (array := getattr(self, field.name)) is not None:
+                digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
     def facts(self) -> dict:
@@ -169,25 +160,22 @@ def load_dataset(env_id: str, data_path: Path | None = None) -> OfflineDataset:
     if data_path is not None:
         raise UserError(f"--data-path goes with a D4RL name such as hopper-medium-v2, not with --env-id {env_id}")
     is_id = re.fullmatch(r"[\w-]+(/[\w-]+)*-v\d+", env_id)  # no dots: no way out of the root
-    if is_id and os.path.exists(minari_root() / env_id / "data"):
-        return _load_minari(env_id)
-    if env_id in LOCAL_NAMES:
-        _make_local(env_id)
-    elif is_id and "/" in env_id and not env_id.startswith("local/"):
-        _download_minari(env_id)
-    elif re.fullmatch(OTHER_D4RL, env_id):
-        raise UserError(
-            f"{env_id}: of D4RL's own files, {', '.join(ROBOTS)} -v2 are read here; Minari has other tasks, as in "
-            "--env-id D4RL/pen/human-v2, and docs/data.md flattens Dict observations in ten lines"
-        )
-    else:
-        raise UserError(f"unknown --env-id {env_id!r}; {_nearest(env_id)}")
+    if not is_id or not os.path.exists(minari_root() / env_id / "data"):
+        if env_id in LOCAL_NAMES:
+            _make_local(env_id)
+        elif is_id and "/" in env_id and not env_id.startswith("local/"):
+            _download_minari(env_id)
+        else:
+            raise UserError(f"unknown --env-id {env_id!r}; {_nearest(env_id)}")
     return _load_minari(env_id)
 
 
 def _nearest(env_id: str) -> str:
     found = difflib.get_close_matches(env_id, D4RL_NAMES + LOCAL_NAMES, n=3, cutoff=0.5)
-    return f"nearest known: {', '.join(found or ['hopper-medium-v2', 'local/hopper/medium-v0'])}; or any Minari id"
+    return (
+        f"nearest known: {', '.join(found or ['hopper-medium-v2', 'local/hopper/medium-v0'])}; or any Minari id, as "
+        "D4RL/pen/human-v2 for D4RL's other tasks; docs/data.md flattens Dict observations in ten lines"
+    )
 
 
 def _folder(variable: str, usual: str) -> Path:
@@ -210,15 +198,10 @@ def _load_d4rl(env_id: str, data_path: Path | None) -> OfflineDataset:
         _download(env_id, path)
     with _reading(path, "write or copy it again" if data_path else "delete it to download again"):
         with _open(path) as file:
-            missing = [key for key in D4RL_KEYS if key not in file]
-            if missing:
-                raise UserError(f"{path} has no {', '.join(missing)}; D4RL's layout needs {', '.join(D4RL_KEYS)}")
-            columns = {key: _array(file, key) for key in D4RL_KEYS}
+            columns = {key: _array(file, key, f"D4RL's layout needs {', '.join(D4RL_KEYS)}") for key in D4RL_KEYS}
         facts = {"env_id": env_id, "source": "D4RL file", "path": str(path), "sha256": sha256_of(path)}
-    if len({array.shape[:1] for array in columns.values()}) > 1 or not columns["rewards"].size:
-        shapes = {key: array.shape for key, array in columns.items()}
-        raise UserError(f"{path}: arrays of unequal or zero length {shapes}; every key needs one row per step")
-    dataset = _checked(facts | {"spec": plain(gym.registry[ROBOTS[robot]]), "physics": "d4rl"}, columns)
+    spec = plain(gym.registry[ROBOTS[robot]])
+    dataset = _checked(facts | {"spec": spec, "physics": "d4rl"}, columns, make_env(spec))
     dataset.note = _compare_with_published(dataset)
     if dataset.note.startswith("not the published") and data_path is None:
         raise UserError(f"{path}: {dataset.note}; delete it to download again, or use it knowingly with --data-path")
@@ -234,30 +217,30 @@ def _compare_with_published(dataset: OfflineDataset) -> str:
         return f"the published {dataset.env_id} file (sha256 as pinned)"
     flagged = dataset.last[dataset.complete]
     rows = int(flagged[-1]) + 1 if len(flagged) else 0
-    found = len(flagged), rows, dataset.reward[:rows].sum(dtype=np.float64) / max(len(flagged), 1)
-    if found[:2] == (episodes, steps) and abs(found[2] - mean) <= 0.011:
+    found = dataset.reward[:rows].sum(dtype=np.float64) / max(len(flagged), 1)
+    if (len(flagged), rows) == (episodes, steps) and abs(found - mean) <= 0.011:
         hint = f", though its sha256 is {dataset.sha256} and users have pinned {pinned}" if pinned else ""
         return f"counts and mean return are those of the published {dataset.env_id} file{hint}"
     return (
-        f"not the published {dataset.env_id} file: {found[0]:,} episodes, {found[1]:,} steps, mean return "
-        f"{found[2]:.2f} here, {episodes:,}, {steps:,} and {mean:.2f} there"
+        f"not the published {dataset.env_id} file: {len(flagged):,} episodes, {rows:,} steps, mean return {found:.2f} "
+        f"here, {episodes:,}, {steps:,} and {mean:.2f} there"
     )
 
 
 def _download(env_id: str, path: Path) -> None:
     """Fetch a published file to path: from the first location that has it, resumed when cut, renamed when whole."""
-    part, (size, pinned) = path.with_name(path.name + ".part"), KNOWN.get(env_id, (None, None, None))[1:]
+    part, (_, size, pinned) = path.with_name(path.name + ".part"), KNOWN.get(env_id, (None, None, None))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path, lambda: print(f"another process downloads {path}; waiting for it")):
             if path.is_file():
                 return
             _fetch(path, part)
-            sha256 = sha256_of(part)
-            if (size and part.stat().st_size != size) or (pinned and sha256 != pinned):
+            found = part.stat().st_size, sha256_of(part)
+            if found != (size or found[0], pinned or found[1]):
                 rejected = part.replace(path.with_name(path.name + ".rejected"))
                 raise UserError(
-                    f"{rejected}: sha256 {sha256} ({rejected.stat().st_size} bytes), but users have pinned {pinned} "
+                    f"{rejected}: sha256 {found[1]} ({found[0]} bytes), but users have pinned {pinned} "
                     f"({size or 'unknown'} bytes); delete it to download again, or use it with --data-path {rejected}"
                 )
             part.replace(path)
@@ -340,6 +323,7 @@ def _load_minari(env_id: str) -> OfflineDataset:
     import minari  # slow to import, and D4RL files do not need it
 
     path, is_local = minari_root() / env_id, env_id in LOCAL_NAMES
+    main = path / "data" / "main_data.hdf5"
     again = "delete the folder, and the same command makes it again" if is_local else "write or download it again"
     with _reading(path, again), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # v4 simulators announce their successor
@@ -347,49 +331,77 @@ def _load_minari(env_id: str) -> OfflineDataset:
         metadata = stored.storage.metadata
         if stored.storage.FORMAT != "hdf5":
             raise UserError(f"{path} is in Minari's {stored.storage.FORMAT} format; store it with data_format='hdf5'")
-        if stored.env_spec is None:
-            raise UserError(
-                f"{path} names no environment to score in: store it with env=gym.make(...), as "
-                "docs/data.md does; Minari drops one whose arguments are no plain values (an array or a function in a "
-                "wrapper: write a wrapper class that inherits gymnasium.utils.RecordConstructorArgs)"
-            )
-        for space, what in ((stored.observation_space, "observations"), (stored.action_space, "actions")):
-            if not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
-                raise UserError(
-                    f"{path} has {what} of {type(space).__name__}{space.shape or ''}; flat Boxes are needed: ten lines "
-                    "in docs/data.md store Dict, Tuple or image observations anew through FlattenObservation; "
-                    "discrete actions are not for these methods"
-                )
-        main = path / "data" / "main_data.hdf5"
+        env = _recover(path, stored, metadata.get("requirements", ()))
         with _open(main) as file:
-            columns, parted = _read_episodes(path, file, stored.episode_indices)
+            columns, parted = _read_episodes(path, file, stored.episode_indices, again)
         facts = {"env_id": env_id, "path": str(path), "sha256": sha256_of(main), "spec": plain(stored.env_spec)}
     is_d4rl = metadata.get("physics") == "d4rl" and facts["spec"].version == 4 and robot_of(facts["spec"])
     facts["source"] = "local data set (shipped policies, not D4RL)" if is_local else "Minari data set"
     facts["physics"] = "d4rl" if is_d4rl or is_local else "stock"
-    return _checked(facts, columns, parted, stored.action_space, metadata.get("requirements", ()))
+    return _checked(facts, columns, env, parted)
 
 
-def _read_episodes(path: Path, file: h5py.File, indices) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """A Minari file's rows as D4RL's columns, and bool [N]: where a stored episode ends."""
+def _recover(path: Path, stored, requirements) -> gym.Env:
+    """The environment that a Minari set names. UserError if there is none, or one of other spaces than the set's."""
+    if stored.env_spec is None:
+        raise UserError(
+            f"{path} names no environment to score in: store it with env=gym.make(...), as docs/data.md does; Minari "
+            "drops one whose arguments are no plain values (an array or a function in a wrapper: write a wrapper class "
+            "that inherits gymnasium.utils.RecordConstructorArgs)"
+        )
+    spec = plain(stored.env_spec)
+    try:
+        env = make_env(spec)
+    except UserError as error:
+        needs = f" (the set asks for {', '.join(requirements)})" if requirements else ""
+        raise UserError(
+            f"{path}: {error}; install what is missing{needs}; a wrapper can be made again if it can be imported and "
+            "inherits gymnasium.utils.RecordConstructorArgs: else record the set without it"
+        )
+    for spaces in (stored, env):
+        for space, what in ((spaces.observation_space, "observations"), (spaces.action_space, "actions")):
+            if not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
+                raise UserError(
+                    f"{path} has {what} of {type(space).__name__}{space.shape or ''}; flat Boxes are needed: ten lines "
+                    "in docs/data.md store Dict, Tuple or image observations anew through FlattenObservation; discrete "
+                    "actions are not for these methods"
+                )
+    ours, theirs = ((x.action_space.low, x.action_space.high) for x in (stored, env))
+    if ours[0].shape == theirs[0].shape and not np.allclose(ours, theirs):
+        raise UserError(
+            f"{path} has actions in {_told(*ours)}, but its environment {described(spec)} takes {_told(*theirs)}: "
+            "record through gymnasium.wrappers.RescaleAction, or mend the metadata"
+        )
+    usual = gym.registry.get(spec.id)
+    if usual and usual.entry_point != spec.entry_point:
+        warn(f"the set makes {spec.id} from {spec.entry_point}, which is not what gymnasium has under this name")
+    if learning := [x.name for x in spec.additional_wrappers if x.name in LEARNING]:
+        warn(
+            f"{', '.join(learning)} learns statistics that the set does not hold: every evaluation begins without any, "
+            "and shows a policy other numbers than the data"
+        )
+    return env
+
+
+def _read_episodes(path: Path, file: h5py.File, indices, again: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """A Minari file's rows as D4RL's columns, and the last row of each stored episode."""
     episodes = []
     for i in indices:
-        obs, action, *rest = (_array(file, f"episode_{i}/{key}") for key in MINARI_KEYS)
+        obs, action, *rest = (_array(file, f"episode_{i}/{key}", again) for key in MINARI_KEYS)
         if len(obs) != len(action) + 1 or any(column.size != len(action) for column in rest):  # Minari checks no shapes
             raise UserError(
                 f"{path}: episode {i} has {len(obs)} observations, {len(action)} actions and rewards and flags "
                 f"{[column.shape for column in rest]}; T actions need T + 1 observations, T rewards and T flags"
             )
         if len(action):
-            episodes.append((obs[:-1], action, rest[0].reshape(-1), obs[1:], *(flag.reshape(-1) for flag in rest[1:])))
+            reward, *flags = (column.reshape(-1) for column in rest)
+            episodes.append((obs[:-1], action, reward, obs[1:], *flags))
     if not episodes:
         raise UserError(f"{path} holds no episode (its writing was cut); make it again")
     if len(episodes) < len(indices):
         warn(f"{len(indices) - len(episodes):,} of {len(indices):,} episodes have no step: left out")
     columns = {key: np.concatenate(parts) for key, parts in zip(D4RL_KEYS, zip(*episodes, strict=True), strict=True)}
-    parted = np.zeros(len(columns["rewards"]), bool)
-    parted[np.cumsum([len(episode[1]) for episode in episodes]) - 1] = True
-    return columns, parted
+    return columns, np.cumsum([len(episode[1]) for episode in episodes]) - 1
 
 
 # ---- Files that cannot be read
@@ -404,9 +416,10 @@ def _open(path: Path) -> h5py.File:
         return h5py.File(path, locking=False)  # it is only read
 
 
-def _array(file: h5py.File, key: str) -> np.ndarray:
-    if not isinstance(file[key], h5py.Dataset):
-        raise UserError(f"{file.filename}: {key} is a group where an array should be; store the array by this name")
+def _array(file: h5py.File, key: str, way_out: str) -> np.ndarray:
+    if key not in file or not isinstance(file[key], h5py.Dataset):
+        what = "a group where an array should be" if key in file else "missing"
+        raise UserError(f"{file.filename}: {key} is {what}; {way_out}")
     return np.atleast_1d(file[key][()])
 
 
@@ -415,23 +428,22 @@ def _reading(path: Path, again: str):
     """UserError with the true cause if `path` cannot be read; `again` is the way out of damage."""
     try:
         yield
-    except (*UNREADABLE, gym.error.Error) as error:
+    except UserError:
+        raise
+    except Exception as error:  # h5py, Minari and gymnasium raise many types
         words = one_line(error)
-        if isinstance(error, BlockingIOError):
-            why = "is being written by another process: wait for it, or stop it"
-        elif isinstance(error, PermissionError):
-            why = f"may not be read by this user ({words}): look with ls -l, then chmod u+r or ask its owner"
-        elif "filter" in words or "plugin" in words:
-            why = f"is compressed by a filter that is missing here ({words}): repack it with gzip (h5repack -f GZIP=4)"
-        elif isinstance(error, MemoryError):
-            why = f"does not fit into memory ({words})"
-        elif isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
-            why = f"cannot be read ({words})"
-        elif "file signature not found" in words:
-            why = f"cannot be read: no HDF5 file, or damaged or cut short; {again}"
-        else:
-            why = f"cannot be read ({words}): damaged or cut short; {again}"
-        raise UserError(f"{path} {why}")
+        causes = {
+            "is being written by another process: wait for it, or stop it": isinstance(error, BlockingIOError),
+            f"may not be read by this user ({words}): look with ls -l, then chmod u+r or ask its owner":
+                isinstance(error, PermissionError),
+            f"is compressed by a filter that is missing here ({words}): repack it with gzip (h5repack -f GZIP=4)":
+                "filter" in words or "plugin" in words,
+            f"does not fit into memory ({words})": isinstance(error, MemoryError),
+            f"cannot be read ({words})": isinstance(error, OSError) and error.errno not in (None, errno.ENOENT),
+            f"cannot be read: no HDF5 file, or damaged or cut short; {again}": "file signature not found" in words,
+            f"cannot be read ({words}): damaged or cut short; {again}": True,
+        }  # fmt: skip
+        raise UserError(f"{path} {next(why for why, is_it in causes.items() if is_it)}")
 
 
 # ---- For every source: what the data say of themselves, against their rows
@@ -441,44 +453,24 @@ def warn(text: str) -> None:
     print(f"{'warning':<16} {text}")
 
 
-def _checked(facts: dict, columns: dict, parted=None, stored_box=None, requirements=()) -> OfflineDataset:
+def _checked(facts: dict, columns: dict, env: gym.Env, parted: np.ndarray | None = None) -> OfflineDataset:
     """An OfflineDataset of D4RL's columns, or UserError for values that no learner should see; warns of odd ones.
 
-    `parted` [N] bool: where the source itself ends episodes; None if its flags and its rows must tell.
+    `parted`: the last rows of the source's own episodes; None if its flags and its rows must tell.
     """
-    path, spec = facts["path"], facts["spec"]
-    try:
-        env = make_env(spec)
-    except UserError as error:
-        needs = f" (the set asks for {', '.join(requirements)})" if requirements else ""
-        raise UserError(
-            f"{path}: {error}; install what is missing{needs}; a wrapper can be made again if it can be imported and "
-            "inherits gymnasium.utils.RecordConstructorArgs: else record the set without it"
-        )
-    obs, action, reward, next_obs = (_numbers(path, key, columns[key]) for key in D4RL_KEYS[:4])
-    terminated, timeouts = (_flags(path, key, columns[key]) for key in D4RL_KEYS[4:])
-    reward = reward.reshape(-1)
-    if next_obs.shape != obs.shape or not len(obs) == len(reward) == len(terminated) == len(timeouts):
+    path, rows = facts["path"], len(columns["rewards"])
+    single = [columns[key].size for key in ("rewards", "terminals", "timeouts")]
+    if not rows or {*single, *map(len, columns.values())} != {rows}:
         shapes = {key: array.shape for key, array in columns.items()}
-        raise UserError(f"{path}: wrong shapes {shapes}; one row per step, and one number for a reward or a flag")
-    for array, space, what in ((obs, env.observation_space, "observations"), (action, env.action_space, "actions")):
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or array.shape[1:] != space.shape:
+        raise UserError(f"{path}: arrays of unequal or zero length {shapes}; one row, reward and flag per step")
+    for key, space in zip(D4RL_KEYS, (env.observation_space, env.action_space, None, env.observation_space)):
+        if space and columns[key].shape[1:] != space.shape:
             raise UserError(
-                f"{path} has {what} of shape {array.shape}, but those of its environment {described(spec)} are "
-                f"{type(space).__name__} {space.shape}: record in the environment that the set names, wrappers included"
+                f"{path} has {key} of shape {columns[key].shape}, but those of its environment {described(env.spec)} "
+                f"are Box {space.shape}: record in the environment that the set names, wrappers included"
             )
-    box = env.action_space
-    if stored_box is not None and (
-        stored_box.shape != box.shape or not np.allclose([stored_box.low, stored_box.high], [box.low, box.high])
-    ):
-        raise UserError(
-            f"{path} has actions in {_told(stored_box.low, stored_box.high)}, but its environment {described(spec)} "
-            f"takes {_told(box.low, box.high)}: record through gymnasium.wrappers.RescaleAction, or mend the metadata"
-        )
-    usual = gym.registry.get(spec.id)
-    if usual and usual.entry_point != spec.entry_point:
-        warn(f"the set makes {spec.id} from {spec.entry_point}, which is not what gymnasium has under this name")
-    low, high = _bounds(action, box)
+    obs, action, reward, next_obs, terminated, timeouts = (_column(path, key, columns[key]) for key in D4RL_KEYS)
+    low, high = _bounds(action, env.action_space)
     action = from_box(action, low, high)
     if (largest := float(np.abs(action).max())) > 1 + 1e-4:  # float32 rounding of a tanh policy is let pass
         row, i = np.argwhere(np.abs(action) == largest)[0]
@@ -489,31 +481,35 @@ def _checked(facts: dict, columns: dict, parted=None, stored_box=None, requireme
     # An episode ends at a flag, where the source parts it, at an unmarked time-out (the next row starts elsewhere), or
     # with the file.
     flagged = terminated | timeouts
-    ends = flagged.copy() if parted is None else flagged | parted
     if parted is None:
-        ends[:-1] |= (next_obs[:-1] != obs[1:]).any(axis=1)
-    ends[-1] = True
-    rows = np.flatnonzero(ends)
+        parted = np.append(np.flatnonzero((next_obs[:-1] != obs[1:]).any(axis=1)), rows - 1)
+    ends = np.union1d(np.flatnonzero(flagged), parted)
     dataset = OfflineDataset(
-        **facts, note="", obs=obs, action=action.clip(-1, 1), reward=reward, next_obs=next_obs, terminated=terminated,
-        lengths=np.diff(rows, prepend=-1), complete=flagged[rows], action_low=low, action_high=high,
+        **facts, note="", obs=obs, action=action.clip(-1, 1), reward=reward.reshape(-1), next_obs=next_obs,
+        terminated=terminated, lengths=np.diff(ends, prepend=-1), complete=flagged[ends], action_low=low,
+        action_high=high,
     )  # fmt: skip
     _judge(dataset, env)
     env.close()
     return dataset
 
 
-def _numbers(path: str, name: str, array: np.ndarray) -> np.ndarray:
-    """As float32; UserError for anything but finite numbers, a warning where float32 loses what tells them apart."""
+def _column(path: str, name: str, array: np.ndarray) -> np.ndarray:
+    """As float32, a flag as bool [N]. UserError for what is no finite number, or a flag but 0 and 1; a warning where
+    float32 loses what tells the numbers apart.
+    """
     if array.dtype.kind not in "biuf":
         raise UserError(f"{path}: {name} holds {array.dtype}, not numbers")
     with np.errstate(over="ignore"):
         narrow = np.asarray(array, np.float32)
-    if not np.isfinite(narrow).all():
-        row = int(np.argwhere(~np.isfinite(narrow))[0, 0])
-        raise UserError(
-            f"{path}: {name} holds NaN or infinity, or more than float32 takes, first in row {row}; drop or mend it"
-        )
+    is_flag = name in ("terminals", "timeouts")
+    good = (narrow == 0) | (narrow == 1) if is_flag else np.isfinite(narrow)
+    if not good.all():
+        place = np.argwhere(~good)[0]
+        limit = "a flag is 0 or 1" if is_flag else "drop or mend what float32 does not take"
+        raise UserError(f"{path}: {name} holds {array[tuple(place)]}, first in row {place[0]}; {limit}")
+    if is_flag:
+        return narrow.reshape(-1) > 0
     if array.dtype.itemsize > 4:
         flat = array.reshape(len(array), -1)
         spread, step = np.ptp(flat, axis=0), np.spacing(np.abs(narrow).reshape(flat.shape).max(axis=0))
@@ -523,13 +519,6 @@ def _numbers(path: str, name: str, array: np.ndarray) -> np.ndarray:
                 f"{step[i]:.3g}: digits are lost; subtract the offset before storing"
             )
     return narrow
-
-
-def _flags(path: str, name: str, column: np.ndarray) -> np.ndarray:
-    odd = np.argwhere(~((column == 0) | (column == 1))) if column.dtype != bool else []
-    if len(odd):
-        raise UserError(f"{path}: {name} holds {column[tuple(odd[0])]}, first in row {odd[0][0]}; a flag is 0 or 1")
-    return column.astype(bool).reshape(-1)
 
 
 def _bounds(action: np.ndarray, box: gym.spaces.Box) -> tuple[np.ndarray, np.ndarray]:
@@ -551,10 +540,10 @@ def _judge(data: OfflineDataset, env: gym.Env) -> None:
     """Find the fall rule, and warn once of each thing in which the rows contradict the simulator or themselves."""
     name, last, limit, longest = described(data.spec), data.last, env.spec.max_episode_steps, int(data.lengths.max())
     marked, unmarked = last[data.complete], last[:-1][~data.complete[:-1]]
-    whole = f"V{data.obs.itemsize * data.obs.shape[1]}"  # a state as one value
-    first, after = {*data.obs[last + 1 - data.lengths].view(whole)[:, 0].tolist()}, data.next_obs[marked]
-    seen = [state in first for state in after.view(whole)[:, 0].tolist()]
-    if len(foreign := marked[np.array(seen, bool) | ~after.any(axis=1)]):
+    first = {state.tobytes() for state in data.obs[last + 1 - data.lengths]}
+    after = data.next_obs[marked]
+    foreign = marked[[state.tobytes() in first or not state.any() for state in after]]
+    if len(foreign):
         warn(
             f"at {len(foreign):,} of {len(marked):,} marked ends the next state is an episode's first one, or all 0: "
             "perhaps a vector environment's auto reset (store the final observation instead), or the episode goes on "
@@ -579,43 +568,37 @@ def _judge(data: OfflineDataset, env: gym.Env) -> None:
             f"{(data.lengths > limit).sum():,} of {len(last):,} episodes are longer than {name}'s limit of {limit:,} "
             f"steps (up to {longest:,}): their returns are not comparable with evaluations"
         )
-    if learning := [x.name for x in data.spec.additional_wrappers if x.name in LEARNING]:
-        warn(
-            f"{', '.join(learning)} learns statistics that the set does not hold: every evaluation begins without any, "
-            "and shows a policy other numbers than the data"
-        )
-    _judge_falls(data, fall_rule(env), foreign, limit)
-
-
-def _judge_falls(data: OfflineDataset, rule: tuple | None, foreign: np.ndarray, limit: int | None) -> None:
-    """Keep the simulator's fall rule unless the rows contradict it; `foreign` rows do not show their own next state."""
-    name, longest = described(data.spec), data.lengths.max()
-    endless = rule is not None and np.isinf(rule).all()
-    if rule is not None:
-        low, high = rule
-        fallen, least, most = np.zeros(len(data.reward), bool), data.next_obs.min(), data.next_obs.max()
-        for i in np.flatnonzero((least <= low) | (most >= high)):
-            column = data.next_obs[:, i].copy()
-            fallen |= (column <= low[i]) | (column >= high[i])
-        differ = fallen != data.terminated
-        differ[foreign] &= endless
-        strays = max(0.01 * (fallen | data.terminated).sum(), 1e-5 * len(differ))  # as published files have
-        if differ.sum() <= (0 if endless else strays):
-            data.healthy_low, data.healthy_high = rule
-        elif endless:
-            warn(
-                f"{name} never ends an episode, but {differ.sum():,} rows ({differ.mean():.2%}) have a terminal flag: "
-                "learners take the return behind one as 0; mark time limits as timeouts"
-            )
-        else:
-            told = f"{name}'s fall rule and the terminal flags differ on {differ.sum():,} rows ({differ.mean():.2%})"
-            if differ.mean() > 0.9 and len(differ) >= 100 and data.source == "D4RL file":
-                raise UserError(f"{data.path}: {told}; is it a file of that robot? name the right one with --env-id")
-            warn(f"{told}: the rule is not used, and only the model's own sign ends a rollout")
-    ends = data.terminated[data.last][data.lengths == longest]
-    common = len(ends) > max(1, 0.1 * len(data.lengths)) or longest == limit
+    endless = False
+    if (rule := fall_rule(env)) is not None:
+        endless = np.isinf(rule).all()
+        _judge_falls(data, rule, endless, foreign)
+    ends = data.terminated[last][data.lengths == longest]
+    common = len(ends) > max(1, 0.1 * len(last)) or longest == limit
     if data.healthy_low is None and not endless and common and ends.all():
         warn(
             f"all {len(ends):,} episodes of the greatest length, {longest:,} steps, end with a terminal flag: learners "
             "take the return behind one as 0; if it is a time limit, mark it as a timeout"
         )
+
+
+def _judge_falls(data: OfflineDataset, rule: tuple, endless: bool, foreign: np.ndarray) -> None:
+    """Keep the simulator's fall rule unless the rows contradict it; `foreign` rows do not show their own next state."""
+    (low, high), fallen = rule, np.zeros(len(data.reward), bool)
+    for i in np.flatnonzero((data.next_obs.min() <= low) | (data.next_obs.max() >= high)):
+        fallen |= (data.next_obs[:, i] <= low[i]) | (data.next_obs[:, i] >= high[i])
+    differ = fallen != data.terminated
+    differ[foreign] &= endless
+    strays = max(0.01 * (fallen | data.terminated).sum(), 1e-5 * len(differ))  # as published files have
+    told = f"{differ.sum():,} rows ({differ.mean():.2%})"
+    if differ.sum() <= (0 if endless else strays):
+        data.healthy_low, data.healthy_high = rule
+    elif endless:
+        warn(
+            f"{described(data.spec)} never ends an episode, but {told} have a terminal flag: learners take the return "
+            "behind one as 0; mark time limits as timeouts"
+        )
+    else:
+        told = f"{described(data.spec)}'s fall rule and the terminal flags differ on {told}"
+        if differ.mean() > 0.9 and len(differ) >= 100 and data.source == "D4RL file":
+            raise UserError(f"{data.path}: {told}; is it a file of that robot? name the right one with --env-id")
+        warn(f"{told}: the rule is not used, and only the model's own sign ends a rollout")

@@ -22,7 +22,7 @@ from typing import Annotated
 
 from common import UserError
 from common.cli import tell
-from common.data import OfflineDataset, load_dataset, minari_root
+from common.data import D4RL_KEYS, MINARI_KEYS, OfflineDataset, load_dataset, minari_root, warn
 from common.evaluation import Stepper, make_env, to_box
 from common.files import check_whole, disk_trouble, locked, one_line, sha256_of, sync
 
@@ -36,7 +36,6 @@ from tqdm import tqdm
 AUDITED = 20_000  # rows at most that the simulator is asked about
 NOT_OURS = ("local", "mujoco", "D4RL", "minigrid", "atari")  # namespaces of data sets that others take for recorded
 EPISODE_BYTES = 4_000  # about, of an episode in Minari's form, beside its numbers
-KEYS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
 
 
 @dataclass
@@ -52,10 +51,10 @@ def main(args: Args) -> None:
     place, name = minari_target(args.minari) if args.minari else (args.hdf5.absolute().parent, args.hdf5.name)
     refuse_existing(place, name)
     rows, valid, manifest = read_set(args.source)
-    data = manifest["run"]["data"]
-    path = manifest["run"]["args"]["data_path"]
-    dataset = load_dataset(data["env_id"], path and Path(manifest["run"]["cwd"], path))
-    if dataset.fingerprint != data["fingerprint"]:
+    run = manifest["run"]
+    path = run["args"]["data_path"] and Path(run["cwd"], run["args"]["data_path"])
+    dataset = load_dataset(run["data"]["env_id"], path)
+    if dataset.fingerprint != run["data"]["fingerprint"]:
         raise UserError(f"{args.source} was made from other data than {dataset.path} holds now")
     width = 2 * dataset.obs.shape[1] + dataset.action.shape[1] + 2
     if rows.shape[2] != width:
@@ -64,10 +63,10 @@ def main(args: Args) -> None:
             "next_obs, terminated; a variant with further columns exports with its own code"
         )
     provenance = provenance_of(args.source, manifest, valid)
-    provenance["audit"] = audit(rows, valid, dataset, manifest["run"]["physics"])
-    lengths = valid.sum(1)
-    lengths = lengths[lengths > 0]
+    provenance["audit"] = audit(rows[valid], dataset, run["physics"])
+    lengths = valid.sum(1)[valid.any(1)]
     columns = columns_of(rows[valid], dataset)
+    columns["timeouts"] = np.isin(np.arange(valid.sum()), np.cumsum(lengths) - 1) & ~columns["terminals"]
     write = write_minari if args.minari else write_hdf5
     work = place / f".export-{name.replace('/', '-')}"
     with locked(work, lambda: print(f"another process is writing {place / name}; waiting for it")):
@@ -142,7 +141,7 @@ def columns_of(rows: np.ndarray, dataset: OfflineDataset) -> dict[str, np.ndarra
     obs_dim, action_dim = dataset.obs.shape[1], dataset.action.shape[1]
     obs, action, reward, next_obs, terminated = np.split(rows, np.cumsum([obs_dim, action_dim, 1, obs_dim]), axis=1)
     action = to_box(action, dataset.action_low, dataset.action_high).astype(np.float32)
-    return dict(zip(KEYS, (obs, action, reward[:, 0], next_obs, terminated[:, 0] > 0), strict=False))
+    return dict(zip(D4RL_KEYS, (obs, action, reward[:, 0], next_obs, terminated[:, 0] > 0), strict=False))
 
 
 # ---- The two forms
@@ -159,11 +158,9 @@ def write_image(path: Path, fill, **how) -> None:
 
 def write_hdf5(work: Path, name: str, columns: dict, lengths: np.ndarray, dataset, provenance: dict) -> None:
     """A file in D4RL's layout."""
-    ends = np.zeros(len(columns["rewards"]), bool)
-    ends[np.cumsum(lengths) - 1] = True
 
     def fill(file):
-        for key, column in {**columns, "timeouts": ends & ~columns["terminals"]}.items():
+        for key, column in columns.items():
             file[key] = column
         file["metadata/description"] = provenance["description"]
         file["metadata/provenance"] = json.dumps(provenance)
@@ -206,27 +203,23 @@ def write_minari(work: Path, name: str, columns: dict, lengths: np.ndarray, data
             description=provenance["description"],
             data_format="hdf5",
         ).storage
-    obs, next_obs = columns["observations"], columns["next_observations"]
 
     def fill(file):
         stop = 0
         for number, length in enumerate(tqdm(lengths, desc=name, unit="rollout", disable=None)):
             start, stop = stop, stop + int(length)
-            fell = columns["terminals"][stop - 1]
+            obs, action, reward, next_obs, *flags = (columns[key][start:stop] for key in D4RL_KEYS)
             group = file.create_group(f"episode_{number}")
             group.attrs["id"], group.attrs["total_steps"] = number, int(length)
-            group["observations"] = np.concatenate([obs[start:stop], next_obs[stop - 1 : stop]])
-            group["actions"] = columns["actions"][start:stop]
-            group["rewards"] = columns["rewards"][start:stop]
-            group["terminations"] = columns["terminals"][start:stop]
-            group["truncations"] = (np.arange(start, stop) == stop - 1) & ~fell
+            for key, column in zip(MINARI_KEYS, ([*obs, next_obs[-1]], action, reward, *flags), strict=True):
+                group[key] = column
 
     path = storage.data_path / "main_data.hdf5"
     write_image(path, fill, libver=("v110", "v110"), track_order=True)
     storage.update_metadata(
         {
             "total_episodes": len(lengths),
-            "total_steps": len(obs),
+            "total_steps": len(columns["rewards"]),
             "dataset_size": round(path.stat().st_size / 1e6, 1),
             "physics": provenance["physics"],
             "provenance": provenance,
@@ -249,8 +242,8 @@ def provenance_of(source: Path, manifest: dict, valid: np.ndarray) -> dict:
     }
 
 
-def audit(rows: np.ndarray, valid: np.ndarray, dataset: OfflineDataset, physics: str) -> dict | str:
-    """How far the simulator agrees with transitions drawn at random, and a warning where that is far.
+def audit(rows: np.ndarray, dataset: OfflineDataset, physics: str) -> dict | str:
+    """How far the simulator agrees with some of rows [N, row_dim], drawn at random; a warning where that is far.
 
     Errors are in standard deviations of the real data: of a state the root mean square over its dimensions.
     """
@@ -258,35 +251,36 @@ def audit(rows: np.ndarray, valid: np.ndarray, dataset: OfflineDataset, physics:
         simulate = Stepper(dataset, physics)
     except UserError as error:
         return f"not available: {error}"
-    places = np.argwhere(valid)
-    chosen = np.sort(np.random.default_rng(0).permutation(len(places))[:AUDITED])
-    drawn = columns_of(rows[tuple(places[chosen].T)], dataset)
-    obs, reward, next_obs, terminated = (
-        drawn[k] for k in ("observations", "rewards", "next_observations", "terminals")
-    )
-    action = rows[tuple(places[chosen].T)][:, obs.shape[1] : obs.shape[1] + dataset.action.shape[1]]
-    true_next, true_reward, true_terminated = simulate(obs, action)
+    rows = rows[np.sort(np.random.default_rng(0).permutation(len(rows))[:AUDITED])]
+    obs, _, reward, next_obs, terminated = columns_of(rows, dataset).values()
+    true_next, true_reward, true_terminated = simulate(obs, rows[:, obs.shape[1] :][:, : dataset.action.shape[1]])
     known = simulate.checkable(obs) & np.isfinite(true_next).all(1)
     if not known.any():
         return f"not available: the simulator's state is unknown for all of {len(known)} rows"
-    state = np.sqrt(np.square((next_obs - true_next) / (dataset.obs.std(0, dtype=float) + 1e-6)).mean(1))[known]
-    reward_error = (np.abs(reward - true_reward) / (dataset.reward.std(dtype=float) + 1e-6))[known]
-    if np.median(state) > 1 or np.median(reward_error) > 1:
-        print(
-            f"warning          median errors of states and rewards are {np.median(state):.2g} and "
-            f"{np.median(reward_error):.2g} standard deviations of the data: are the columns what their names say?"
+    told, true = terminated[known], true_terminated[known]
+    errors = {
+        "state_error": np.sqrt(np.square((next_obs - true_next) / (dataset.obs.std(0, dtype=float) + 1e-6)).mean(1)),
+        "reward_error": np.abs(reward - true_reward) / (dataset.reward.std(dtype=float) + 1e-6),
+    }
+    spread = {
+        name: dict(zip(("median", "90%"), np.quantile(error[known], (0.5, 0.9)).tolist(), strict=True))
+        for name, error in errors.items()
+    }
+    if max(found["median"] for found in spread.values()) > 1:
+        warn(
+            f"median errors of states and rewards are {spread['state_error']['median']:.2g} and "
+            f"{spread['reward_error']['median']:.2g} standard deviations of the data: are the columns what their names "
+            "say?"
         )
-    spread = lambda error: {"median": float(np.median(error)), "90%": float(np.quantile(error, 0.9))}  # noqa: E731
     return {
         "rows": len(known),
         "uncheckable_share": float(1 - known.mean()),
-        "state_error": spread(state),
-        "reward_error": spread(reward_error),
+        **spread,
         "termination": {
-            "agreement": float((terminated == true_terminated)[known].mean()),
-            "told": int(terminated[known].sum()),
-            "in_the_simulator": int(true_terminated[known].sum()),
-            "both": int((terminated & true_terminated)[known].sum()),
+            "agreement": float((told == true).mean()),
+            "told": int(told.sum()),
+            "in_the_simulator": int(true.sum()),
+            "both": int((told & true).sum()),
         },
         "units": "standard deviations of the real data; a state's is the root mean square over its dimensions",
     }

@@ -11,6 +11,8 @@ from common import UserError
 
 from filelock import FileLock, Timeout
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system that grants none
+
 
 def sha256_of(path: Path) -> str:
     with open(path, "rb") as file:
@@ -79,7 +81,7 @@ def take_lock(path: Path, waiting=None) -> FileLock | None:
         waiting()
         lock.acquire()
     except (OSError, NotImplementedError) as error:
-        if getattr(error, "errno", errno.ENOSYS) not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
             raise
         print(
             f"note             {path.parent} is on a file system without locks: start no second run of the same there"

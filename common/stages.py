@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-FORMAT = 3  # of results and checkpoints; another number is told, never half-read
+FORMAT = 4  # of results and checkpoints: those of another number have other names, and are never half-read
 LINE_EVERY = 30  # seconds between two lines of progress where there is no terminal
 
 
@@ -68,7 +68,7 @@ class Stage:
         self.start = self.last_saved = self.last_line = time.monotonic()
         self.bar = tqdm(
             desc=self.name, total=self.total, unit=self.unit, unit_scale=True, mininterval=0.5, dynamic_ncols=True,
-            disable=self.path.exists() or not sys.stderr.isatty(),
+            disable=self.path.exists() or None,  # None: shown on a terminal alone
         )  # fmt: skip
         try:
             self.found = self.path.exists()
@@ -120,26 +120,27 @@ class Stage:
     def _say(self, text: str) -> None:
         self.run.say(self.name, text)
 
+    def _log(self, records) -> None:
+        for step, values in records:
+            self.run.log(step, values)
+
     # ---- The result
 
     def _find(self) -> None:
-        """Fill `keeps` from the file; UserError if that is damaged, foreign or of another version."""
+        """Fill `keeps` from the file; UserError if that is damaged, foreign or made from something else."""
         way_out = f"delete {self.path.name} to make it anew"
         check_whole(self.path, way_out)
         try:
             with safe_open(self.path, "pt") as file:
                 manifest = json.loads((file.metadata() or {})["manifest"])
+                other = [k for k, needed in self.depends.items() if manifest["depends"].get(k) != needed]
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, KeyError, ValueError) as error:
             raise UserError(f"{self.path} is no kept result ({one_line(error)}); {way_out}")
-        if manifest.get("format") != FORMAT:
-            raise UserError(f"{self.path} is of format {manifest.get('format')}, this code reads {FORMAT}; {way_out}")
-        if manifest["depends"] != self.depends:
-            other = [k for k in self.depends if manifest["depends"].get(k) != self.depends[k]]
+        if other:
             raise UserError(f"{self.path} was made from other {', '.join(other)}; {way_out}")
         fill(self.keeps, tensors)
-        for step, values in manifest["metrics"]:
-            self.run.log(step, values)
+        self._log(manifest["metrics"])
         self.run.fingerprints[self.name] = manifest["fingerprint"]
         age = datetime.timedelta(seconds=round(time.time() - manifest["time"]))
         text = f"reused {self.path}, {age} old, {manifest['seconds']:.1f} s to make"
@@ -155,20 +156,16 @@ class Stage:
         if not isinstance(self.keeps, dict):  # networks may share a buffer, which a file's entries may not
             tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         self._refuse_nan(tensors)
-        digest = hashlib.sha256()
-        for name, tensor in tensors.items():
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.cpu().numpy())
-        fingerprint = self.run.fingerprints[self.name] = digest.hexdigest()
+        self.run.fingerprints[self.name] = hashlib.sha256(save(tensors)).hexdigest()
         manifest = {
-            "format": FORMAT, "stage": self.name, "depends": self.depends, "fingerprint": fingerprint,
+            "stage": self.name, "depends": self.depends, "fingerprint": self.run.fingerprints[self.name],
             "time": time.time(), "seconds": self._seconds(), "metrics": self.run.records[self.first_record :],
             "run": self.run.content,
         }  # fmt: skip
-        header = {"manifest": json.dumps(manifest)}
+        whole = save(tensors, {"manifest": json.dumps(manifest)})
         try:
-            write_whole(self.path, lambda file: file.write(save(tensors, header)), checksum=True)
-        except (OSError, SafetensorError) as error:
+            write_whole(self.path, lambda file: file.write(whole), checksum=True)
+        except OSError as error:
             trouble = disk_trouble(self.path, error)
             if self.private:
                 raise UserError(trouble)
@@ -209,8 +206,7 @@ class Stage:
         for thing, state in zip(self.saves, content["state"], strict=True):
             fill(thing, state)
         set_random_streams(content["random"])
-        for step, values in content["records"]:
-            self.run.log(step, values)
+        self._log(content["records"])
         self.done = self.saved = content["done"]
         self.at = self.bar.n = self.bar.initial = content["at"]
         self.before, self.run.last_checkpoint = content["seconds"], path
@@ -238,6 +234,7 @@ def depends(run, function, inputs) -> tuple[dict, str]:
     """All that the result of a stage depends on, and a hash of that."""
     source, fields = stage_source(function)
     content = {
+        "format": FORMAT,
         "source": hashlib.sha256(source.encode()).hexdigest(),
         "args": {field: getattr(run.args, field) for field in fields},
         "inputs": {stage: run.fingerprints[stage] for stage in sorted(inputs)},
@@ -254,21 +251,17 @@ def stage_source(function) -> tuple[str, list[str]]:
     """
     definitions = {}  # name -> all that defines or changes it
     for node in ast.parse(inspect.getsource(sys.modules[function.__module__])).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            definitions.setdefault(node.name, []).append(node)
-        elif isinstance(node, ast.Assign | ast.AnnAssign):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            for name in {name.id for x in targets for name in ast.walk(x) if isinstance(name, ast.Name)}:
-                definitions.setdefault(name, []).append(node)
+        targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
+        names = {x.id for target in targets if target for x in ast.walk(target) if isinstance(x, ast.Name)}
+        for name in [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else names:
+            definitions.setdefault(name, []).append(node)
     definitions.pop("Args", None)
     found, waiting, fields = {}, [function.__name__], set()
     while waiting:
         name = waiting.pop()
         found[name] = ast.Module(definitions[name], [])
         nodes = list(ast.walk(found[name]))
-        holders = {
-            x.arg for x in nodes if isinstance(x, ast.arg) and x.annotation and ast.unparse(x.annotation) == "Args"
-        }
+        holders = {x.arg for x in nodes if isinstance(x, ast.arg) and ast.unparse(x.annotation or x) == "Args"}
         for node in nodes:
             if isinstance(node, ast.Name) and node.id in definitions and node.id not in [*found, *waiting]:
                 waiting.append(node.id)
@@ -357,14 +350,13 @@ def random_streams() -> dict:
     """The state of every random stream, in plain types."""
     name, keys, *rest = np.random.get_state()
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    numpy = [name, keys.tolist(), *rest]
+    numpy = (name, keys.tolist(), *rest)
     return {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state(), "cuda": cuda}
 
 
 def set_random_streams(streams: dict) -> None:
-    version, keys, gauss = streams["python"]
-    random.setstate((version, tuple(keys), gauss))
-    np.random.set_state(tuple(streams["numpy"]))
+    random.setstate(streams["python"])
+    np.random.set_state(streams["numpy"])
     torch.set_rng_state(streams["torch"].cpu())
     if streams["cuda"] is not None:
         torch.cuda.set_rng_state(streams["cuda"].cpu())
