@@ -4,19 +4,13 @@ What it has from dawm_td3bc.py to the letter (test_source.py) is tested there.
 """
 
 import json
-import os
-import signal
-import time
 
 from variants import joint_td3bc as script
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from toy import TINY, TOY_AGENT, TOY_WORLD_MODEL, Training, child, hopper_arguments, linear_dataset, metrics, run, start
-
-TOY_JOINT = [*TOY_AGENT, *TOY_WORLD_MODEL]
+from toy import TINY, TOY_AGENT, TOY_WORLD_MODEL, Training, hopper_run, linear_dataset, load_elsewhere, metrics
 
 
 @pytest.fixture
@@ -118,57 +112,11 @@ def test_generated_actions_explain_the_generated_states():
 # ---- The command line
 
 
-@pytest.fixture(scope="module")
-def finished(toy):
-    """A run without a break -> its folder, and what it printed."""
-    result = run("variants.joint_td3bc", hopper_arguments(toy, *TOY_JOINT), toy)
-    assert result.code == 0, result.text[-2000:]
+def test_to_a_score_without_inverse_dynamics(toy, tmp_path):
+    text = hopper_run("variants.joint_td3bc", toy, *TOY_AGENT, *TOY_WORLD_MODEL)
     (folder,) = (toy / "runs").glob("*__joint_td3bc__*")
-    return folder, result.text
-
-
-def test_to_a_score_without_inverse_dynamics(finished):
-    folder, text = finished
     stages = json.loads((folder / "stages.json").read_text())
     assert list(stages) == ["world model", "synthesize", "agent"] and "final" in text
     names = {name for line in metrics(folder) for name in line}
     assert "world_model/loss" in names and not any(name.startswith("idm/") for name in names)
-
-
-def test_an_interrupted_run_ends_as_if_it_had_not_been(finished, tmp_path):
-    folder, _ = finished
-    arguments = ["--data-path", folder.parent.parent / "data.hdf5", "--env-id", "hopper-medium-v2", *TOY_JOINT]
-    arguments += ["--run-dir", tmp_path / "runs", "--stage-dir", tmp_path / "stages"]
-    process = start("variants.joint_td3bc", arguments, tmp_path / "log.txt")
-    while process.is_alive() and not any(x.stat().st_size for x in tmp_path.glob("runs/*/metrics.jsonl")):
-        time.sleep(0.001)  # until the world model's first 10 updates are done
-    os.kill(process.pid, signal.SIGTERM)
-    process.join()
-    assert process.exitcode == 75 and "in stage world model" in (tmp_path / "log.txt").read_text()
-    result = run("variants.joint_td3bc", arguments, tmp_path)
-    assert result.code == 0 and "resumed" in result.text
-    (other,) = (tmp_path / "runs").iterdir()
-    assert metrics(other) == metrics(folder)
-    agents = [load_file(path / "agent.safetensors") for path in (folder, other)]
-    assert all(torch.equal(tensor, agents[1][name]) for name, tensor in agents[0].items())
-
-
-def test_a_finished_run_loaded_in_another_process(finished, tmp_path):
-    folder, _ = finished
-    process = child(_load, folder, tmp_path / "loaded.pt", log=tmp_path / "log.txt")
-    process.join()
-    assert process.exitcode == 0, (tmp_path / "log.txt").read_text()
-    loaded = torch.load(tmp_path / "loaded.pt", weights_only=True)
-    for stage, path in json.loads((folder / "stages.json").read_text()).items():
-        kept = load_file(path)
-        assert kept.keys() == loaded[stage].keys()
-        assert all(torch.equal(tensor, loaded[stage][name]) for name, tensor in kept.items())
-    assert loaded["imagined"].shape == (5, 9, 11)
-
-
-def _load(folder, target):
-    parts = script.load_run(folder)
-    with torch.random.fork_rng():
-        imagined, *_ = script.imagine(parts.args, parts.windows, parts.world_model, torch.arange(5))
-    results = {"world model": parts.world_model.state_dict(), "synthesize": parts.rollouts}
-    torch.save({**results, "agent": parts.agent.state_dict(), "imagined": imagined}, target)
+    load_elsewhere("variants.joint_td3bc", folder, tmp_path / "log")

@@ -225,26 +225,25 @@ def test_tf32_makes_another_result_on_a_gpu(monkeypatch, tmp_path):
     assert keys[0] != keys[1]
 
 
-@pytest.mark.parametrize("changes, other", [({"world_model_steps": 7}, "args"), ({"fingerprint": "b"}, "inputs")])
-def test_a_file_under_another_ones_name_is_told(tmp_path, changes, other):
-    one, two = find_or_make(new_run(tmp_path))[0].path, find_or_make(new_run(tmp_path, **changes))[0].path
+@pytest.mark.parametrize(
+    "changes, other", [({"world_model_steps": 7}, "args"), ({"fingerprint": "b"}, "inputs"), ({}, "format")]
+)
+def test_a_file_under_another_ones_name_is_told(tmp_path, monkeypatch, changes, other):
+    """Or without its sha256. Not even its metrics are taken."""
+    one = find_or_make(new_run(tmp_path))[0].path
+    with monkeypatch.context() as patch:
+        patch.setattr("common.stages.FORMAT", 3 if other == "format" else 4)
+        stage, _ = find_or_make(new_run(tmp_path, **changes))
+    assert not stage.found  # a result of an older format is made anew
     for end in ("", ".sha256"):
-        one.with_name(one.name + end).write_bytes(two.with_name(two.name + end).read_bytes())
+        one.with_name(one.name + end).write_bytes(stage.path.with_name(stage.path.name + end).read_bytes())
     run = new_run(tmp_path)
     with pytest.raises(UserError, match=f"{one} was made from other {other}; delete {one.name} to make it anew"):
         find_or_make(run)
-    assert run.records == []  # not even the metrics
-
-
-def test_a_result_of_another_format_or_without_its_sha256_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr("common.stages.FORMAT", 0)
-    path = find_or_make(new_run(tmp_path))[0].path
-    monkeypatch.undo()
-    with pytest.raises(UserError, match=f"{path} is of format 0, this code reads 3; delete {path.name}"):
-        find_or_make(new_run(tmp_path))
-    path.with_name(f"{path.name}.sha256").unlink()
-    with pytest.raises(UserError, match=f"{path} is damaged .*; delete {path.name} to make it anew"):
-        find_or_make(new_run(tmp_path))
+    one.with_name(f"{one.name}.sha256").unlink()
+    with pytest.raises(UserError, match=f"{one} is damaged .*; delete {one.name} to make it anew"):
+        find_or_make(run)
+    assert run.records == []
 
 
 def test_a_full_disk_costs_a_shared_result_alone_and_never_the_agent(tmp_path, monkeypatch, capsys):

@@ -19,6 +19,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(env_id="linear", unet_width=16, unet_multipliers=(1, 2), device="cpu")
@@ -157,6 +158,29 @@ def refusal(script, arguments, folder, capsys, monkeypatch) -> str:
     error = capsys.readouterr().err
     assert error.count("\n") == 1, error
     return error
+
+
+def load_elsewhere(module: str, folder: Path, log: Path) -> None:
+    """Another process, which has the folder alone, finds every stage, the last evaluation's actor, the same rollouts."""
+    process = child(_load, module, folder, log=log)
+    process.join()
+    assert process.exitcode == 0, log.read_text()
+
+
+def _load(module: str, folder: Path) -> None:
+    parts = importlib.import_module(module).load_run(folder)
+
+    @torch.no_grad()
+    def policy(obs):
+        act = getattr(parts, "actor", None)
+        return act(torch.as_tensor(obs)).numpy() if act else parts.planner(obs, parts.evaluator.running)
+
+    returns = [line["eval/episodic_return"] for line in metrics(folder) if "eval/episodic_return" in line]
+    assert parts.evaluator(policy, seed=parts.args.seed + 100).mean() == returns[-1]
+    stages, made = json.loads((folder / "stages.json").read_text()), {**vars(parts)}
+    made = made.get("rollouts") or made.get("futures")
+    for name, tensor in load_file(stages["synthesize"]).items() if "synthesize" in stages else ():
+        assert torch.equal(made[name], tensor), name
 
 
 def metrics(folder: Path) -> list[dict]:
