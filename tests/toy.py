@@ -161,7 +161,7 @@ def refusal(script, arguments, folder, capsys, monkeypatch) -> str:
 
 
 def load_elsewhere(module: str, folder: Path, log: Path) -> None:
-    """Another process, which has the folder alone, finds every stage, the last evaluation's actor, the same rollouts."""
+    """Another process, which has the folder alone, finds every stage, the last evaluation's actor and the rollouts."""
     process = child(_load, module, folder, log=log)
     process.join()
     assert process.exitcode == 0, log.read_text()
