@@ -281,7 +281,7 @@ def save_checkpoint(folder: Path, number: int, content: dict) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{number:012d}.pt"
-        write_whole(path, lambda file: torch.save({"format": FORMAT, **content}, file), checksum=True)
+        write_whole(path, lambda file: torch.save(content, file), checksum=True)
         for old in sorted(x for x in folder.glob("*.pt") if x < path)[:-1]:
             remove(old)
         return path
@@ -308,8 +308,6 @@ def load_checkpoint(folder: Path, device: torch.device, say) -> tuple[Path | Non
             content = torch.load(path, map_location=device, weights_only=True)
         except Exception as error:  # of many types; weights_only unpickles nothing but tensors and plain values
             raise UserError(f"{path} holds more than tensors and plain values ({one_line(error)[:200]}); delete it")
-        if content["format"] != FORMAT:
-            raise UserError(f"{path} is of format {content['format']}, this code reads {FORMAT}; delete it")
         for other in damaged:  # not to be taken for the checkpoint before the next one
             other.rename(f"{other}.damaged")
         return path, content

@@ -220,7 +220,7 @@ def test_a_malicious_checkpoint_is_not_executed(nothing_runs):
     """A torch file that would make a folder when unpickled, with the right sha256 beside it."""
     whole_checkpoint(nothing_runs)
     for path in checkpoints(nothing_runs):
-        torch.save({"format": 3, "state": Malicious()}, path)
+        torch.save({"state": Malicious()}, path)
         Path(f"{path}.sha256").write_text(sha256_of(path))
     with pytest.raises(UserError, match=r"000000000003\.pt holds more than tensors and plain values"):
         with counting(nothing_runs):
