@@ -267,9 +267,9 @@ UNKNOWN = {  # name: a part of what is offered instead
     "": "hopper-medium-v2",
     **dict.fromkeys(("antmaze-umaze-v2", "pen-human-v1"), "D4RL/pen/human-v2 for D4RL's other tasks; docs/data.md"),
     # Ids that lead out of the root, where a readable set lies.
-    **dict.fromkeys(("../../etc/x-v0", "../x-v0", "foo/../../x-v0", "foo/../../../x-v0", "local/../../x-v0"), ""),
+    **dict.fromkeys(("../../etc/passwd-medium-v2", "../x-v0", "foo/../../x-v0", "local/../../x-v0"), ""),
     **dict.fromkeys(("./x-v0", "foo//x-v0", "foo/x-v0/", "foo/x-v0\n", "foo\\..\\x-v0", "foo/x\0-v0"), ""),
-    **dict.fromkeys(("[foo]/x-v0", "{outside}/x-v0"), ""),
+    **dict.fromkeys(("foo/../../../x-v0", "[foo]/x-v0", "{outside}/x-v0"), ""),
 }  # fmt: skip
 
 
