@@ -852,7 +852,7 @@ def test_odd_episodes_of_minari(stored, warned):
         file["episode_3/truncations"][0] = True
     loaded, warnings = warned(MINARI_ID)
     assert loaded.lengths.tolist() == [4, 3, 1, 5, 2] and loaded.reward.shape == (15,)
-    assert "1 of 5 episodes have no step: left out" in warnings[0]
+    assert "1 of 5 episodes have no step: left out" in warnings[0] and "at 1 of 3 marked ends" in warnings[1]
     create("tiny/open-v0", buffers([(3, None)] * 3))
     loaded, warnings = warned("tiny/open-v0")
     assert "3 episodes end without a flag and 0 with one" in warnings[0] and loaded.mean_return is None
