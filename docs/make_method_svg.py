@@ -69,18 +69,17 @@ random.seed(3)
 for grid, (kept, name) in enumerate(((0.01, "x_{5}, noise"), (0.58, "x_{3}"), (0.95, "x_{1}"), (1, "x_{0}"))):
     left = 200 + 176 * grid
     text(left + 58, 168, name, anchor="middle")
-    for step in range(9):
+    for step in range(8):
         for row in range(12):
             clean = 0.5 + 0.45 * math.sin(0.55 * step + 1.9 * row)
             shade = kept * clean + math.sqrt(1 - kept**2) * random.uniform(-0.3, 1.3)
-            fill, shade = (REAL, 0.4 + clean / 2) if step == 0 and row < 11 else (MADE, min(max(shade, 0.06), 1))
-            fill, shade = (PALE, 1) if (step, row) == (8, 11) else (fill, shade)  # a reward that nothing defines
-            rect(left + 13 * step, 176 + 8 * row + 3 * (row == 11), 12, 7, fill, f'fill-opacity="{shade:.2f}"')
+            shade = f'fill-opacity="{min(max(shade, 0.06), 1):.2f}"'
+            rect(left + 13 * step, 176 + 8 * row + 3 * (row == 11), 12, 7, MADE, shade)
     if grid:
         line((left - 53, 228), (left - 8, 228))
         text(left - 30, 220, f"k = {7 - 2 * grid}", 12, anchor="middle")
-text(200, 296, "window [B, 9, 12]: H+2 steps of 11 state dimensions and, below them, 1 reward; the first state is kept")
-text(200, 316, "each arrow: the U-Net, told k, a_{t} and return-to-go; K = 5 levels of noise, N = 3 of them visited")
+text(200, 296, "window [B, 8, 12]: for each of H+1 steps the change of 11 state dimensions and, below them, 1 reward")
+text(200, 316, "each arrow: the denoiser, told k, pair and return-to-go; K = 5 levels of noise, 3 of them visited")
 section(20, 352, "5", "Synthesis", "imagine")
 section(20, 468, "4", "Inverse dynamics", "infer_actions")
 text(200, 364, "imagined: states [B, 9, 11], the first one real, and rewards [B, 8]")

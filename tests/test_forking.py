@@ -66,7 +66,7 @@ def test_a_row_of_the_rebrac_fork_holds_the_action_that_follows(rebrac):
     for row in range(36):
         assert torch.equal(real[row, -2:], action[row if row % 12 == 11 else row + 1])
     windows = rebrac.Windows(args, dataset, cpu)
-    models = rebrac.WorldModel(args, windows), rebrac.InverseDynamics(args, windows.obs, 2)
+    models = rebrac.WorldModel(args, windows), rebrac.InverseDynamics(args, windows.obs, windows.change, 2)
     rows, _ = rebrac.complete_rollouts(args, windows, *models, torch.arange(5))
     obs, action, _, next_obs, _, next_action = rows.split(rebrac.row_sizes(2, 2), dim=-1)
     assert torch.equal(obs[:, 1:], next_obs[:, :-1]) and torch.equal(action[:, 1:], next_action[:, :-1])
@@ -119,13 +119,13 @@ def test_markers_that_stand_there_are_brought_up_to_date():
     "old, new, changed",
     [  # a row of the guide's table each; what is built on a changed stage follows by its fingerprint
         ("a denoiser and the units it works in.", "a denoiser and its units.", []),
-        ("# [DWM App.]; DD's code starts from half of it", "# another comment", []),
+        ("# [DWM App.]; DD's code: half", "# another comment", []),
         ("* q.mean() + bc_loss", "* q.mean() + 2 * bc_loss", []),
         ("complete = partial(", "complete = partial(partial)(", []),
         ("terminated = F.pad(over[:, 1:], (0, 1))", "terminated = F.pad(over[:, 1:], (0, 1), value=True)", [2]),
         ("std = args.sampling_temperature * std", "std = 2 * args.sampling_temperature * std", [2]),
         ("nn.init.zeros_(layer.bias)", "nn.init.ones_(layer.bias)", [1, 2]),
-        ("generated[-1, -1] = 0", "generated[-1, -1] = 1", [0, 2]),
+        ("self.obs_units.normalize(obs), action]", "self.obs_units.normalize(obs), 2 * action]", [0, 2]),
         ("values.std(0) + 1e-6", "values.std(0) + 1e-5", [0, 2]),
         ("low - (high - low) / 4", "low - (high - low) / 5", [0, 1, 2]),
         ("idm_width: Count = 1024", "idm_width: Count = 512", []),  # no code: the argument's value tells
