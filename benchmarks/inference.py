@@ -151,14 +151,15 @@ def draw(results: dict, path: Path) -> None:
         dawm = rows["DAWM-TD3BC"]["s_per_episode"]
         for at, (name, row) in enumerate(reversed(rows.items())):
             axis.barh(name, row["s_per_episode"] / dawm, color="tab:blue", height=0.6)
-            axis.text(row["s_per_episode"] / dawm * 1.1, at, f"{short(row['s_per_episode'])} s", va="center")
+            axis.text(row["s_per_episode"] / dawm * 1.4, at, f"{short(row['s_per_episode'])} s", va="center")
             if name in PAPER:
                 label = "paper, Table 3" if name == "DD" else None
                 axis.plot([PAPER[name] / PAPER["DAWM-TD3BC"]], [at], "D", color="tab:orange", label=label)
-        axis.set(xscale="log", title=device)
-        axis.set_xlabel("time per episode of 1,000 steps, simulator included; DAWM-TD3BC is 1")
+        axis.set(xscale="log")
+        axis.set_title(f"Hopper, batch 1, {device}", loc="left", fontsize=10)
+        axis.set_xlabel("time of an episode (1,000 steps, simulator included), DAWM-TD3BC = 1")
         axis.set_xlim(right=20 * max(row["s_per_episode"] for row in rows.values()) / dawm)
-        axis.legend(loc="upper right")
+        axis.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
         axis.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=100)
 

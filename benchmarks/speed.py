@@ -380,19 +380,23 @@ def picture(result: dict, path: Path, title: str) -> None:
     figure = Figure(figsize=(11, 2.5 * rows), layout="constrained")
     panels = figure.subplots(rows, 3, squeeze=False)
     for axis, (loop, found) in zip(panels.flat, result.items(), strict=False):
-        names = list(found["contenders"])[::-1]
-        base = found["contenders"]["plain"]["rate"]
-        values = [found["contenders"][name]["rate"] / base for name in names]
-        quartiles = [found["contenders"][name]["quartiles"] for name in names]
+        contenders = dict(reversed(found["contenders"].items()))
+        base = contenders["plain"]["rate"]
+        values = [row["rate"] / base for row in contenders.values()]
+        quartiles = [row["quartiles"] for row in contenders.values()]
         errors = [[abs(q[end] / base - v) for q, v in zip(quartiles, values, strict=True)] for end in (0, 1)]
+        names = ["usual form" if name == "plain" else name for name in contenders]
         colours = ["tab:blue" if name.startswith("ours") else "tab:gray" for name in names]
         axis.barh(names, values, color=colours, xerr=errors, error_kw={"linewidth": 1})
-        axis.axvline(1 / found["floor seconds"] / base, color="tab:red", linestyle="--", linewidth=1)
-        axis.set_title(LOOPS[loop].replace(": ", "\n"), fontsize=9)
+        limit = axis.axvline(1 / found["floor seconds"] / base, color="tab:red", linestyle="--", linewidth=1)
+        axis.set_title(LOOPS[loop].split(":")[0], fontsize=9)
         axis.grid(axis="x", alpha=0.3)
     for axis in panels.flat[len(result) :]:
         axis.axis("off")
-    figure.suptitle(f"{title}: rate in units of the usual form's; red: the floor", fontsize=10)
+    limit.set_label("upper limit: nothing but the products, or the simulator's steps, at the machine's own rate")
+    figure.legend(handles=[limit], loc="outside upper right", fontsize=9, frameon=False)
+    figure.supxlabel("rate, in units of the usual form's; lines on the bars: quartiles over rounds", fontsize=9)
+    figure.suptitle(title, fontsize=10, x=0.02, ha="left")
     figure.savefig(path, dpi=100)
 
 
