@@ -119,8 +119,7 @@ class Args(RunArgs):
 # --laptop: the same method with a smaller U-Net and fewer updates, [deviation] throughout; not the paper's scale.
 # Four changes are of kind (docs/method.md): the loss on x0, since Eq. 2's hardly trains what sampling does first; all
 # steps at their full noise, with which rollouts spread more as the data do; each pair's own return as the target,
-# unguided, since a constant one out of reach asks of states about to fall that they recover; and the horizon with the
-# best Hopper score in [DAWM Tab. 6].
+# unguided, so that rollouts are such as the data have; and the horizon with the best Hopper score in [DAWM Tab. 6].
 LAPTOP = dict(
     horizon=1,
     threads=1,  # a second one gains 15% at these sizes, and loses tenfold when another process wants the core
