@@ -1,0 +1,151 @@
+"""variants/uncertain_td3bc.py: each row's uncertainty, what the agent gets of it, and the script from its command line.
+
+What it has from dawm_td3bc.py to the letter (test_source.py) is tested there.
+"""
+
+import json
+import re
+
+import dawm_td3bc
+from variants import uncertain_td3bc as script
+
+import numpy as np
+import pytest
+import torch
+from toy import TINY, TOY, Training, hopper_run, linear_dataset, load_elsewhere, metrics
+
+TRAINING = dict(world_model_lr=0.01, ema_decay=0.9, ema_start=0, model_horizon=2, horizon=2)
+REWARDS = torch.arange(6.0).view(2, 3)
+VALID = torch.tensor([[True, True, True], [True, True, False]])
+UNCERTAINTY = torch.tensor([[0.1, 0.4, 0.2], [0.3, 0.2, 9.0]])
+
+
+@pytest.fixture(scope="module")
+def hole():
+    """Of short episodes of the linear system, those that never take an action above 0.2 in the first dimension, and a
+    world model trained on them -> its arguments, windows of all episodes, itself, and which pairs lie in the hole."""
+    dataset = linear_dataset(episodes=600, length=3)
+    missing = dataset.action[:, 0] > 0.2
+    seen = ~missing.reshape(-1, 3).any(1)
+    rest = linear_dataset(episodes=int(seen.sum()), length=3)
+    for name in ("obs", "action", "reward", "next_obs"):
+        setattr(rest, name, getattr(dataset, name)[seen.repeat(3)])
+    args = script.Args(**TINY, **TRAINING, world_model_steps=300)
+    world_model = script.train_world_model(args, script.Windows(args, rest, torch.device("cpu")), Training())
+    return args, script.Windows(args, dataset, torch.device("cpu")), world_model, torch.as_tensor(missing)
+
+
+# ---- The uncertainty
+
+
+def test_distance_from_the_second_answer_by_hand():
+    args = script.Args(**TINY)
+    windows = script.Windows(args, linear_dataset(), torch.device("cpu"))
+    world_model, asked = script.WorldModel(args, windows), []
+    answer = torch.tensor([0.05, -0.1])
+    world_model.denoiser.forward = lambda *given: (
+        asked.append(given) or world_model.units.normalize(torch.cat([answer, torch.zeros(1)])).expand(given[0].shape)
+    )
+    obs, action = windows.obs[:4], windows.action[:4]
+    off = torch.tensor([[0.0, 0.0], [0.3, 0.0], [0.0, -0.4], [0.3, -0.4]])
+    uncertainty = script.uncertainty_of(args, world_model, obs, action, obs + answer + off)
+    a, b = windows.tokens[:, :2].std(0).tolist()  # changes of state, their ends' zeros too
+    by_hand = [0, 0.3 / a / 2**0.5, 0.4 / b / 2**0.5, (((0.3 / a) ** 2 + (0.4 / b) ** 2) / 2) ** 0.5]
+    assert uncertainty.tolist() == pytest.approx(by_hand, rel=1e-3, abs=1e-4)
+    ((x, k, pair, _, keep),) = asked  # once, of nothing but the pair
+    assert not x.any() and not keep.any() and (k == args.diffusion_steps).all() and len(x) == 4
+    assert torch.equal(pair, world_model.pair(obs, action))
+
+
+def test_larger_where_data_are_missing(hole):
+    args, windows, world_model, missing = hole
+    index = torch.arange(0, 1800, 3)
+    obs, _ = script.imagine(args, windows, world_model, index)
+    uncertainty = script.uncertainty_of(args, world_model, obs[:, 0], windows.action[index], obs[:, 1])
+    inside = missing[index]
+    assert uncertainty[inside].mean() > 1.1 * uncertainty[~inside].mean()
+
+
+def test_larger_for_an_action_that_does_not_explain_the_change(hole):
+    args, windows, world_model, missing = hole
+    index = (~missing).nonzero()[:, 0]
+    row, action = windows.start[index], windows.action[index]
+    asked = windows.obs[row], windows.obs[row + 1]
+    own, others = (script.uncertainty_of(args, world_model, asked[0], x, asked[1]) for x in (action, action.roll(1, 0)))
+    assert others.mean() > 2 * own.mean()
+
+
+def test_the_set_is_that_of_the_plain_method():
+    args = script.Args(**TINY)
+    windows = script.Windows(args, linear_dataset(), torch.device("cpu"))
+    torch.manual_seed(1)
+    parts = script.WorldModel(args, windows), script.InverseDynamics(args, windows.obs, windows.change, 2).eval()
+    index = torch.arange(50)
+    torch.manual_seed(2)
+    rows, valid, uncertainty = script.complete_rollouts(args, windows, *parts, index)
+    after = torch.rand(1)
+    torch.manual_seed(2)
+    plain = dawm_td3bc.complete_rollouts(args, windows, *parts, index)
+    assert torch.equal(rows, plain[0]) and torch.equal(valid, plain[1]) and torch.equal(after, torch.rand(1))
+    obs, action, _, next_obs, _ = rows[:, 5].split([2, 2, 1, 2, 1], dim=1)  # each row's own state and action
+    expected = script.uncertainty_of(args, parts[0], obs, action, next_obs)
+    torch.testing.assert_close(uncertainty[:, 5], expected, rtol=1e-4, atol=1e-5)
+
+
+# ---- What the agent gets
+
+
+def heeded(**changes):
+    rows = torch.rand(2, 3, 8)  # obs, action, reward, next_obs, terminated of two dimensions each
+    rows[..., 4] = REWARDS
+    args = script.Args(**TINY, **changes)
+    return rows, *script.heed_uncertainty(args, linear_dataset(), rows.clone(), VALID, UNCERTAINTY)
+
+
+@pytest.mark.parametrize(
+    "quantile, kept",
+    [  # the valid ones are 0.1, 0.2, 0.2, 0.3, 0.4
+        (1.0, [[1, 1, 1], [1, 1, 0]]),
+        (0.75, [[1, 0, 0], [1, 1, 0]]),  # 0.3: the row beyond goes, and the one after it
+        (0.5, [[1, 0, 0], [0, 0, 0]]),  # 0.2
+    ],
+)
+def test_rows_beyond_the_quantile_go_with_what_follows(quantile, kept):
+    before, rows, valid = heeded(uncertainty_use="drop", uncertainty_quantile=quantile)
+    assert torch.equal(rows, before) and valid.int().tolist() == kept
+
+
+def test_rewards_are_lowered_by_the_penalty_alone():
+    before, rows, valid = heeded(uncertainty_use="penalty", uncertainty_penalty=2.0)
+    sd = np.std(linear_dataset().reward)
+    np.testing.assert_allclose(rows[..., 4], REWARDS - 2 * sd * UNCERTAINTY, rtol=1e-5)
+    rows[..., 4] = before[..., 4]
+    assert torch.equal(rows, before) and torch.equal(valid, VALID)
+
+
+def test_none_changes_nothing():
+    before, rows, valid = heeded(uncertainty_use="none")
+    assert torch.equal(rows, before) and torch.equal(valid, VALID)
+
+
+# ---- The command line
+
+
+def test_models_of_the_plain_method_and_one_set_for_every_use(toy, tmp_path):
+    hopper_run("dawm_td3bc", toy, *TOY)
+    text = hopper_run("variants.uncertain_td3bc", toy, *TOY)
+    assert re.findall(r"^(\D+?) +reused", text, re.M) == ["world model", "inverse dynamics"]
+    assert "of the rows are left" in text
+    (folder,) = (toy / "runs").glob("*__uncertain_td3bc__*")
+    assert list(json.loads((folder / "stages.json").read_text())) == [
+        "world model", "inverse dynamics", "synthesize", "agent",
+    ]  # fmt: skip
+    load_elsewhere("variants.uncertain_td3bc", folder, tmp_path / "log")
+    assert all(line["synthesis/uncertainty"] > 0 for line in metrics(folder) if "synthesis/uncertainty" in line)
+    for use in ("penalty", "none"):
+        text = hopper_run("variants.uncertain_td3bc", toy, *TOY, "--uncertainty-use", use)
+        assert "synthesize" in re.findall(r"^(\D+?) +reused", text, re.M) and "100.0% of the rows" in text
+
+
+def test_in_the_agents_loop(toy):
+    assert "final" in hopper_run("variants.uncertain_td3bc", toy, *TOY, "--synthesis", "online")
