@@ -122,6 +122,23 @@ def check(stepper: Stepper, rows: Rows, obs_sd: np.ndarray, reward_sd: float, na
     }
 
 
+def ranking(stepper: Stepper, parts, sizes: list[int], count: int) -> dict[str, dict]:
+    """Whether the rows' kept uncertainty ranks their state errors, by step and of all: the rank correlation [Spearman],
+    and the mean error of each tenth of the rows in order of uncertainty, in standard deviations of the changes."""
+    holds = parts.rollouts["rows"].clone()
+    holds[..., sizes[0] + sizes[1]] = parts.rollouts["uncertainty"]  # in the place of the reward
+    rows = draw_rows(holds, parts.rollouts["valid"], sizes, count)
+    next_obs = stepper(rows.obs, rows.action)[0]
+    seen = stepper.checkable(rows.obs) & np.isfinite(next_obs).all(1)
+    error = norm((rows.next_obs - next_obs) / parts.world_model.units.scale[: sizes[0]].numpy())
+    found, parts_of = {}, {f"step {h}": seen & (rows.step == h) for h in np.unique(rows.step)} | {"all": seen}
+    for name, here in parts_of.items():
+        orders = [np.argsort(np.argsort(values[here])) for values in (rows.reward, error)]
+        tenths = np.array_split(error[here][np.argsort(rows.reward[here])], 10)
+        found[name] = {"rank": float(np.corrcoef(orders)[0, 1]), "tenths": [float(x.mean()) for x in tenths]}
+    return found
+
+
 def explaining_action(stepper: Stepper, rows: Rows, obs_sd: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Action [N, action_dim] in [-1, 1] that brings the simulator nearest to next_obs, the error [N] that it leaves,
     and the error [N] that the row's own action adds: how far apart the two leave the simulator.
@@ -347,6 +364,8 @@ def audit(parts, options: Args) -> dict:
             name: check(*pair, *units)
             for name, pair in tqdm(judged.items(), desc="the simulator", unit="part", disable=None)
         }
+        if "uncertainty" in parts.rollouts:
+            result["uncertainty"] = ranking(stepper, parts, sizes, options.rows)
         result["action"] = []
         for part in tqdm(steps, desc="explaining actions", unit="step", disable=None):
             few = part[stepper.checkable(part.obs)][: max(1, options.actions // len(steps))]
@@ -383,6 +402,10 @@ def table(result: dict) -> str:
                 action = result["action"][h]
                 line += f"{action['left']['median']:>14.2g}{action['its part']['median']:>10.2g}"
             lines.append(line)
+    if "uncertainty" in result:
+        lines += ["", f"{'uncertainty':<20}{'rank':>8}   mean state error [sd of changes] by tenth"]
+    for name, part in result.get("uncertainty", {}).items():
+        lines.append(f"{name:<20}{part['rank']:>8.2f}  " + "".join(f"{x:>7.3f}" for x in part["tenths"]))
     for name in ("no simulator", "no calibration"):
         lines += ["", f"{name}: {result[name]}"] if name in result else []
     for name, found in result.get("calibration", {}).items():
