@@ -1,7 +1,7 @@
 """Scores of finished runs as a Markdown table, and their learning curves.
 
-    python experiments/table.py runs/learners                 # the table
-    python experiments/table.py runs/learners learners.png    # and the curves
+    python experiments/table.py runs/peers                 # the table
+    python experiments/table.py runs/peers curves.png    # and the curves
 
 A table for each data set, of D4RL scores (0 to 100), or of returns where there is none. Runs that differ in nothing but
 the agent's seed form one row, named by --exp-name: mean and standard deviation (n - 1) over seeds of the final

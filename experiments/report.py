@@ -1,0 +1,384 @@
+"""The study's runs as tables, statistics and learning curves in docs/results.md.
+
+    python experiments/report.py runs/study      # take finished runs into experiments/study.json, then write the page
+    python experiments/report.py                 # write the page from that file alone
+    python experiments/report.py --resolution    # only print headroom, and the difference that the seeds can detect
+
+The file has each run's arguments, revision, data and evaluations, no weights; later runs add lines to it. A run's score
+is the mean of its evaluations in the second half of the training, where controls have settled. Over tasks: the
+interquartile mean, with 95 % intervals from seeds drawn anew within each task, as Agarwal et al., 2021, "Deep RL at the
+Edge of the Statistical Precipice" recommend. What the page says of the paper is the paper's: D4RL's data, its scale.
+"""
+
+import csv
+import json
+import math
+import sys
+import textwrap
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common import UserError
+from common.cli import run_script
+from common.evaluation import normalized_score
+from common.files import write_text, write_whole
+
+import numpy as np
+import tyro
+from run_folders import finished_runs
+from scipy import optimize, stats
+from study import APART, GRIDS, LEARNERS, PLACES, TASKS, Study, jobs_of
+
+ROOT = Path(__file__).resolve().parent.parent
+SUMMARY, PAGE = ROOT / "experiments" / "study.json", ROOT / "docs" / "results.md"
+BEGIN, END = "<!-- written by experiments/report.py -->\n", "<!-- as far as here -->\n"
+SETTLED = 0.5  # share of the training behind which evaluations count
+MOST_SEEDS = 100  # that are looked for
+TITLES = {
+    "first": "First: does it help to infer the actions?",
+    "table2": "Table 2: DAWM beside DWM and Decision Diffuser",
+    "table4": "Table 4: DAWM beside SSORL and real data",
+    "table5": "Table 5: an eighth of the rollouts (DAWM-T)",
+    "table6": "Table 6: horizons",
+    "ours": "Ours: actions generated instead of inferred",
+}
+
+
+@tyro.conf.configure(tyro.conf.PositionalRequiredArgs)
+@dataclass
+class Args:
+    runs: tyro.conf.Positional[tuple[Path, ...]] = ()  # folders of finished runs, the --run-dir of study.py
+    resolution: bool = False  # only print headroom and resolution
+
+
+@dataclass
+class Row:
+    """A finished run."""
+
+    content: dict  # module and args, as args.json has them
+    revision: str
+    data: str  # the data's fingerprint
+    own: float | None  # score of the data's own mean return
+    seconds: float
+    updates: list[int]
+    scores: list[float]  # of the evaluations after so many updates
+
+    @property
+    def score(self) -> float:
+        """Mean of the evaluations that count."""
+        return float(np.mean([s for u, s in zip(self.updates, self.scores) if u > SETTLED * self.updates[-1]]))
+
+
+# ---- The summary file
+
+
+def collect(root: Path) -> list[Row]:
+    rows = []
+    for run in finished_runs(root):
+        scores, args, data = run.metrics.get("eval/normalized_score"), run.content["args"], run.content["data"]
+        if scores:
+            every, last = args["eval_every"], args.get("agent_updates", args.get("world_model_steps"))
+            updates = [*(every * (i + 1) for i in range(len(scores) - 1)), last]
+            own = None if data["mean_return"] is None else normalized_score(data["robot"], data["mean_return"])
+            content = {"module": run.content["module"], "args": {k: v for k, v in args.items() if k not in PLACES}}
+            rows.append(Row(content, run.content["git"][:7] + run.content["git"][40:], data["fingerprint"][:12],
+                            own, run.seconds, updates, [round(s, 2) for s in scores]))  # fmt: skip
+    return rows
+
+
+def read() -> list[Row]:
+    if not SUMMARY.exists():
+        return []
+    stored = json.loads(SUMMARY.read_text())
+    rows = []
+    for at, env_id, seed, *rest in stored["runs"]:
+        module, args = stored["settings"][at]
+        rows.append(Row({"module": module, "args": args | {"env_id": env_id, "seed": seed}}, *rest))
+    return rows
+
+
+def write(rows: list[Row]) -> None:
+    """A line for each set of arguments and each run; of two runs of the same on the same data the later one stays."""
+    settings, runs = [], {}
+    for row in rows:
+        args = {k: v for k, v in row.content["args"].items() if k not in ("env_id", "seed")}
+        if (entry := [row.content["module"], args]) not in settings:
+            settings.append(entry)
+        key = settings.index(entry), row.content["args"]["env_id"], row.content["args"]["seed"]
+        own = None if row.own is None else round(row.own, 2)
+        runs[*key, row.data] = [*key, row.revision, row.data, own, round(row.seconds), row.updates, row.scores]
+    blocks = (",\n".join(map(json.dumps, some)) for some in (settings, runs.values()))
+    write_text(SUMMARY, '{{"settings": [\n{}\n], "runs": [\n{}\n]}}\n'.format(*blocks))
+
+
+def cells_of(table: str, rows: list[Row], paper: bool) -> dict[str, dict[str, list[Row]]]:
+    """Learner -> task -> its runs by seed, but for runs on data that have been made anew since."""
+    newest = {row.content["args"]["env_id"]: row.data for row in rows}
+    at = defaultdict(list)
+    for row in rows:
+        args = row.content["args"]
+        if newest[args["env_id"]] == row.data:
+            at[row.content["module"], args["env_id"], args["seed"]].append(row)
+    seeds = max((seed for _, _, seed in at), default=-1) + 1
+    cells = {learner: {} for learner in GRIDS[table]}
+    for job in jobs_of(Study(table, seeds=min(seeds, MOST_SEEDS)), paper) if seeds else ():
+        made = [row for row in at[job.module, job.wanted["env_id"], job.seed] if job.made(row.content)]
+        if made:
+            cells[job.learner].setdefault(job.task, []).append(made[-1])
+    return cells
+
+
+# ---- Statistics; samples is one array of scores for each task
+
+
+def iqm(samples: list[np.ndarray]) -> tuple[float, float, float]:
+    """Interquartile mean over all runs of all tasks, and its interval; NaN where a task has a single seed."""
+
+    def statistic(*some, axis=-1):
+        return stats.trim_mean(np.concatenate(some, axis=axis), 0.25, axis=axis)
+
+    return statistic(*samples), *interval(samples, statistic)
+
+
+def improvement(mine: list[np.ndarray], others: list[np.ndarray]) -> tuple[float, float, float]:
+    """Probability that a run of mine scores above one of others on the same task, a tie being half; its interval."""
+
+    def statistic(*some, axis=-1):
+        pairs = zip(some[: len(mine)], some[len(mine) :], strict=True)
+        return np.mean([(np.sign(x[..., None] - y[..., None, :]).mean((-2, -1)) + 1) / 2 for x, y in pairs], axis=0)
+
+    return statistic(*mine, *others), *interval([*mine, *others], statistic)
+
+
+def interval(samples: list[np.ndarray], statistic) -> tuple[float, float]:
+    if min(map(len, samples)) < 2:
+        return math.nan, math.nan
+    how = dict(method="percentile", n_resamples=2000, vectorized=True, rng=np.random.default_rng(0))
+    return tuple(stats.bootstrap(samples, statistic, **how).confidence_interval)
+
+
+def detectable(variances: list[float], seeds: int, power: float = 0.8, level: float = 0.05) -> float:
+    """Smallest true difference between two learners, in the mean over the tasks, that a two-sided t-test finds.
+
+    `variances` between the seeds on each task, the same for both learners; each has so many seeds on each task.
+    """
+    freedom = 2 * len(variances) * (seeds - 1)
+    error = math.sqrt(2 * sum(variances) / seeds) / len(variances)
+    critical = stats.t.isf(level / 2, freedom)
+    return error * optimize.brentq(lambda shift: stats.nct.sf(critical, freedom, shift) - power, 0, 50)
+
+
+# ---- The page
+
+
+def scores(cells: dict[str, list[Row]], tasks) -> list[np.ndarray]:
+    return [np.array([row.score for row in cells[task]]) for task in tasks]
+
+
+def told(values, most: int = 0) -> str:
+    """Mean ± standard deviation, and how many where that is not `most`."""
+    spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{spread}" + (f" ({len(values)})" if most and len(values) != most else "")
+
+
+def in_brackets(value: float, low: float, high: float, digits: int = 1) -> str:
+    return f"{value:.{digits}f}" + ("" if math.isnan(low) else f" [{low:.{digits}f}, {high:.{digits}f}]")
+
+
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines]) + "\n"
+
+
+def rival(learner: str, present) -> str | None:
+    """The DAWM that a learner is compared with: of its horizon, with its agent."""
+    horizon = learner.replace("dwm_h", "dawm_h")
+    other = horizon if horizon != learner else f"dawm_{'iql' if learner.endswith('iql') else 'td3bc'}"
+    return other if other in present and other != learner else None
+
+
+@cache
+def published(table: str) -> dict[str, dict[str, tuple[float, float]]]:
+    """Learner -> task -> mean and standard deviation as the paper prints them, times 100."""
+    found = defaultdict(dict)
+    for line in csv.DictReader((ROOT / "experiments" / "paper.csv").read_text().splitlines()):
+        if line["table"] == table:
+            found[line["learner"]][line["task"]] = 100 * float(line["mean"]), 100 * float(line["std"])
+    return found
+
+
+def wrapped(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False) + "\n\n"
+
+
+def short(task: str) -> str:
+    robot, data = task.split("-", 1)
+    return f"{robot} {''.join(word[0] for word in data.split('-'))}"
+
+
+def resolution(cells: dict[str, dict[str, list[Row]]]) -> str:
+    """Headroom of each task, and what the seeds can tell apart, from the spread of the controls."""
+    controls = [name for name in ("td3bc", "iql") if cells.get(name)]
+    tasks = [task for task in TASKS if all(task in cells[name] for name in ("cloning", *controls))]
+    if not controls or not tasks:
+        return "Headroom and resolution: no task has both cloning and a real-data control yet.\n"
+    lines = []
+    for task in tasks:
+        cloning, *real = (scores(cells[name], [task])[0] for name in ("cloning", *controls))
+        best = max(real, key=np.mean)
+        room, spread = best.mean() - cloning.mean(), math.sqrt((best.var(ddof=1) + cloning.var(ddof=1)) / 2)
+        own = cells["cloning"][task][0].own
+        row = [short(task), f"{own:.1f}", told(cloning), *map(told, real), f"{room:.1f}", f"{room / spread:.1f}"]
+        lines.append(row)
+    text = markdown(
+        ["task", "the data's mean", "cloning", *(f"{c}, real data" for c in controls), "headroom", "in sd"], lines
+    )
+    text += "\nHeadroom is the best control above cloning; sd is the standard deviation between seeds.\n"
+    samples = scores(cells["td3bc"], tasks) if "td3bc" in controls else scores(cells["iql"], tasks)
+    seeds, mean = min(map(len, samples)), float(np.mean([x.mean() for x in samples]))
+    if seeds < 2:
+        return text + "\nResolution: a spread needs two seeds or more.\n"
+    variances = [x.var(ddof=1) for x in samples]
+    gain = gain_of_the_paper()
+    enough = next((n for n in range(2, 1000) if detectable(variances, n) <= gain * mean), None)
+    found = detectable(variances, seeds)
+    return f"{text}\n" + wrapped(
+        f"Resolution: by the spread of {controls[0]} on real data, {seeds} seeds on {len(tasks)} tasks detect a "
+        f"difference of {found:.1f} ({100 * found / mean:.1f} % of its mean score, {mean:.1f}) with 80 % power at the "
+        f"5 % level; the paper's {100 * gain:.0f} % takes {enough or 'more than 1,000'} seeds. All seeds of a learner "
+        "share one world model, whose own luck is not in this."
+    )
+
+
+def gain_of_the_paper() -> float:
+    """DAWM-TD3BC over DWM-TD3BC in its Table 2, of the mean over the tasks."""
+    dawm, dwm = (np.mean([m for m, _ in published("table2")[x].values()]) for x in ("dawm_td3bc", "dwm_td3bc"))
+    return dawm / dwm - 1
+
+
+def section(table: str, rows: list[Row], paper: bool) -> str:
+    cells = cells_of(table, rows, paper)
+    present = {learner: some for learner, some in cells.items() if some}
+    title, picture = TITLES[table], f"study_{table}{'_paper' * paper}"
+    if not present or (table != "first" and present.keys() <= GRIDS["first"].keys()):
+        return "" if paper else f"### {title}\n\nNone of its own runs is in yet.\n"
+    most = max(len(some) for tasks in present.values() for some in tasks.values())
+    tasks = [task for task in TASKS if any(task in some for some in present.values())]
+    shared = [task for task in tasks if all(task in some for some in present.values())]
+    lines = []
+    for learner, some in present.items():
+        mean = in_brackets(*iqm(scores(some, shared))) if shared else "-"
+        other, better = rival(learner, present), "-"
+        if both := [task for task in some if task in present.get(other, {})]:
+            better = in_brackets(*improvement(scores(present[other], both), scores(some, both)), digits=2)
+        numbers = [told([row.score for row in some[task]], most) if task in some else "-" for task in tasks]
+        lines.append([f"`{learner}`", *numbers, mean, better])
+    over = f"interquartile mean, {len(shared)} task{'s' * (len(shared) != 1)}"
+    head = ["learner", *map(short, tasks), over, "P(DAWM better)"]
+    used = [row for tasks in present.values() for some in tasks.values() for row in some]
+    revisions = ", ".join(f"{name} ({count} runs)" for name, count in Counter(r.revision for r in used).items())
+    command = f"python experiments/study.py {'paper' if paper else table} --seeds {most}"
+    text = f"### {title}{' (paper scale)' * paper}\n\n"
+    text += f"`{command}`, revision {revisions}; {most} seeds a cell, or as many as stand in brackets.\n\n"
+    text += markdown(head, lines) + "\n"
+    missing = {x: most * len(some) - sum(map(len, cells[x].values())) for x, some in GRIDS[table].items()}
+    if any(missing.values()):
+        text += wrapped("Missing: " + ", ".join(f"{n} runs of `{x}`" for x, n in missing.items() if n) + ".")
+    ruined, trained = present.get("undertrained_td3bc", {}), present.get("dawm_td3bc", {})
+    if both := [task for task in ruined if task in trained]:
+        chance = improvement(scores(trained, both), scores(ruined, both))
+        verdict = "scores more often above" if chance[1] > 0.5 else "does no better than"
+        text += wrapped(
+            f"DAWM with a trained world model {verdict} DAWM with one of 300 updates, as far as these seeds tell: "
+            f"P {in_brackets(*chance, digits=2)}."
+        )
+    arms = "; ".join(f"`{x}` is {LEARNERS[x][0]} {LEARNERS[x][1]}".rstrip() for x in present)
+    modules = {LEARNERS[x][0] for x in present}
+    apart = "".join(f" {field} of {module}: {why}." for (module, field), why in APART.items() if module in modules)
+    text += wrapped(f"The arms are alike in all arguments that they have in common, but for these: {arms}.{apart}")
+    text += f"![Learning curves of each task and the performance profile]({picture}.png)\n"
+    if printed := published(table):
+        there = [task for task in TASKS if any(task in some for some in printed.values())]
+        body = [[f"`{x}`", *(f"{y[t][0]:.0f} ± {y[t][1]:.0f}" for t in there)] for x, y in printed.items()]
+        text += "\nThe paper's own, on D4RL's data and at its scale"
+        text += ":\n\n" if paper else ", which is another instrument:\n\n"
+        text += markdown(["learner", *map(short, there)], body)
+    draw(present, tasks, shared, PAGE.parent / f"{picture}.png")
+    return text
+
+
+def draw(present: dict, tasks: list[str], shared: list[str], path: Path) -> None:
+    """A panel for each task with all learners, mean and standard deviation between seeds; the performance profile."""
+    from matplotlib.figure import Figure  # slow to import
+
+    columns = min(3, len(tasks))
+    rows = math.ceil(len(tasks) / columns)
+    figure = Figure(figsize=(3.6 * columns + 4.2, max(2.7 * rows, 4)), layout="constrained")
+    grid = figure.add_gridspec(rows, columns + 1, width_ratios=[*[1] * columns, 1.2])
+    colors = {learner: f"C{number}" for number, learner in enumerate(present)}
+    for number, task in enumerate(tasks):
+        axis = figure.add_subplot(grid[divmod(number, columns)])
+        some = {learner: cells[task] for learner, cells in present.items() if task in cells}
+        for learner, runs in some.items():
+            lengths = Counter(tuple(run.updates) for run in runs)
+            updates = lengths.most_common(1)[0][0]
+            curves = np.array([run.scores for run in runs if tuple(run.updates) == updates])
+            mean, spread = curves.mean(0), curves.std(0, ddof=1) if len(curves) > 1 else 0
+            style = "." if len(updates) == 1 else "--" if "dawm" not in learner else "-"
+            axis.plot(updates, mean, style, color=colors[learner], linewidth=1.4, label=learner)
+            axis.fill_between(updates, mean - spread, mean + spread, color=colors[learner], alpha=0.12, linewidth=0)
+        last = max(run.updates[-1] for runs in some.values() for run in runs)
+        axis.axvspan(SETTLED * last, last, color="black", alpha=0.05, linewidth=0)
+        if (own := next(iter(some.values()))[0].own) is not None:
+            axis.axhline(own, color="black", linewidth=0.8, linestyle=":")
+        axis.set_title(task, fontsize=9)
+        axis.ticklabel_format(axis="x", style="sci", scilimits=(-3, 4))
+        axis.grid(alpha=0.3)
+    axis = figure.add_subplot(grid[:, columns])
+    for learner, cells in present.items() if shared else ():
+        values = np.concatenate(scores(cells, shared))
+        survival = stats.ecdf(values).sf
+        at = np.linspace(0, max(100, values.max()), 400)
+        axis.plot(at, survival.evaluate(at), "-" if "dawm" in learner else "--", color=colors[learner], label=learner)
+    axis.set_xlabel("score x", fontsize=9)
+    axis.set_title(f"share of runs that score above x, {len(shared)} tasks", fontsize=9)
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+    figure.supxlabel(
+        "updates of the agent; shaded: what counts; dotted: the data's own mean; bands: sd of seeds", fontsize=9
+    )
+    figure.supylabel("D4RL score", fontsize=9)
+    write_whole(path, lambda file: figure.savefig(file, dpi=80, format="png"))
+
+
+def page(rows: list[Row]) -> str:
+    if not rows:
+        return "No run of the study is in yet.\n"
+    text = "### Headroom and resolution\n\n`python experiments/report.py --resolution`\n\n"
+    parts = [text + resolution(cells_of("table4", rows, paper=False))]
+    parts += [section(table, rows, paper) for paper in (False, True) for table in TITLES]
+    return "\n".join(part for part in parts if part)
+
+
+def main(args: Args) -> None:
+    rows = read()
+    for root in args.runs:
+        rows += collect(root)
+    if args.runs:
+        write(rows)
+        rows = read()
+    if args.resolution:
+        return print(resolution(cells_of("table4", rows, paper=False)), end="")
+    before, begin, rest = PAGE.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise UserError(f"{PAGE} has no lines {BEGIN.strip()} and {END.strip()} to write between; put them back")
+    write_text(PAGE, f"{before}{BEGIN}\n{page(rows)}\n{END}{after}")
+    print(f"{PAGE}: {len(rows)} runs")
+
+
+if __name__ == "__main__":
+    run_script(main, Args, {})

@@ -1,0 +1,171 @@
+"""experiments/report.py: statistics beside brute force, the page from made-up runs of which every score is known."""
+
+import json
+import sys
+
+from common import UserError
+
+import numpy as np
+import pytest
+from scipy import stats
+from toy import ROOT
+
+sys.path.insert(0, str(ROOT / "experiments"))
+import report
+import study
+
+LEVELS = {"cloning": 40, "td3bc": 50, "dawm_td3bc": 60, "dwm_td3bc": 45, "undertrained_td3bc": 60}
+
+
+def rows_of(table: str, tasks, seeds=3, learners=LEVELS, data="d" * 12, noise=1.0, paper=False) -> list[report.Row]:
+    """Runs whose settled score is the learner's level + 10 for a medium-expert task + noise of the seed."""
+    rows = []
+    for job in study.jobs_of(study.Study(table, tasks=tuple(tasks), seeds=seeds), paper):
+        if job.learner in learners:
+            level = LEVELS.get(job.learner, 30) + 10 * job.task.endswith("expert") + noise * (job.seed - 1)
+            content = {"module": job.module, "args": {k: v for k, v in job.wanted.items() if k not in study.PLACES}}
+            curve = [0.0, 10.0, level - 2, level + 2]
+            rows.append(report.Row(content, "abc1234", data, 30.0, 60.0, [10, 20, 30, 40], curve))
+    return rows
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """The summary and the page, in a folder of their own."""
+    (tmp_path / "results.md").write_text(f"# Results\n\n{report.BEGIN}old\n{report.END}\n## After\n")
+    monkeypatch.setattr(report, "SUMMARY", tmp_path / "study.json")
+    monkeypatch.setattr(report, "PAGE", tmp_path / "results.md")
+    return tmp_path
+
+
+def test_a_score_is_the_mean_of_the_second_half():
+    row = report.Row({}, "", "", None, 0, [10, 20, 30, 40], [1, 2, 3, 5])
+    assert row.score == 4
+    assert report.Row({}, "", "", None, 0, [10], [7.0]).score == 7  # a planner, evaluated once
+
+
+def test_interquartile_mean_and_its_interval_beside_brute_force():
+    random = np.random.default_rng(1)
+    samples = [random.normal(10 * task, 3, 5) for task in range(4)]
+    value, low, high = report.iqm(samples)
+    runs = np.sort(np.concatenate(samples))
+    assert value == pytest.approx(runs[5:15].mean())  # the middle half of 20
+    drawn = []
+    for _ in range(4000):  # seeds anew within each task
+        some = np.sort(np.concatenate([random.choice(x, 5) for x in samples]))
+        drawn.append(some[5:15].mean())
+    assert (low, high) == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=0.25)
+    assert np.isnan(report.iqm([np.array([1.0]), np.array([2.0, 3.0])])[1])  # one seed has no spread
+
+
+def test_probability_of_improvement_by_hand():
+    """Task 1: of the four pairs 3 > 2, 3 > 2, 2 = 2, 2 = 2: (1 + 1 + 1/2 + 1/2) / 4. Task 2: always."""
+    value, low, high = report.improvement([np.array([3, 2]), np.array([9, 9])], [np.array([2, 2]), np.array([1, 1])])
+    assert value == pytest.approx((0.75 + 1) / 2) and low <= value <= high == 1
+    one = [np.array([1.0, 2, 3])]
+    assert report.improvement(one, one)[0] == 0.5
+
+
+def test_the_detectable_difference_has_the_power_that_it_says():
+    """20,000 studies of two learners that differ by it: a pooled t-test over the tasks finds four in five."""
+    deviations, seeds, studies = np.array([1.0, 2.0, 3.0]), 6, 20_000
+    random = np.random.default_rng(0)
+    # The spread is given on every task, but the test takes one spread for all, so that its level is exact here.
+    variances = [float(np.mean(deviations**2))] * 3
+    difference = report.detectable(variances, seeds)
+    scale = variances[0] ** 0.5
+    a = random.normal(difference, scale, (studies, 3, seeds))
+    b = random.normal(0, scale, (studies, 3, seeds))
+    pooled = (a.var(2, ddof=1).mean(1) + b.var(2, ddof=1).mean(1)) / 2
+    t = (a.mean((1, 2)) - b.mean((1, 2))) / np.sqrt(pooled * 2 / (3 * seeds))
+    found = np.mean(np.abs(t) > stats.t.isf(0.025, 2 * 3 * (seeds - 1)))
+    assert found == pytest.approx(0.8, abs=0.015)
+    assert report.detectable(variances, 24) < difference / 1.9
+
+
+def test_the_resolution_of_known_controls(places, monkeypatch, capsys):
+    """Seeds at -1, 0 and 1 around their level: sd 1, headroom 10; nine tasks, means 50 and, of the experts, 60."""
+    report.write(rows_of("first", study.TASKS))
+    report.main(report.Args(resolution=True))
+    text = capsys.readouterr().out
+    assert "| hopper m | 30.0 | 40.0 ± 1.0 | 50.0 ± 1.0 | 10.0 | 10.0 |" in text
+    found = report.detectable([1.0] * 9, 3)
+    assert f"3 seeds on 9 tasks detect a difference of {found:.1f} ({100 * found / (480 / 9):.1f} % of its mean" in text
+    assert "the paper's 9 % takes 2 seeds" in text
+    assert report.gain_of_the_paper() == pytest.approx(0.742 / 0.679 - 1, abs=1e-3)  # its Table 2's averages
+    report.SUMMARY.unlink()
+    report.main(report.Args(resolution=True))
+    assert "no task has both" in capsys.readouterr().out
+
+
+def test_the_page_of_made_up_runs(places):
+    """Part of two tables, one task of it whole; what is missing is told."""
+    rows = rows_of("first", study.TASKS[:3])[:-1] + rows_of("table6", ["hopper-medium"], learners=["dawm_h7", "dwm_h7"])
+    report.write(rows)
+    report.main(report.Args())
+    written = report.PAGE.read_text()
+    text = written.replace("\n", " ")  # sentences are wrapped
+    assert written.startswith("# Results\n\n") and written.endswith("\n## After\n") and "old" not in text
+    assert "| `dawm_td3bc` | 60.0 ± 1.0 | 60.0 ± 1.0 | 70.0 ± 1.0 |" in text
+    assert "| `td3bc` | 50.0 ± 1.0 | 50.0 ± 1.0 | 60.0 ± 1.0 | 52.2 [51.6, 52.8] | 1.00 [1.00, 1.00] |" in text
+    assert "| `undertrained_td3bc` | 60.0 ± 1.0 | 60.0 ± 1.0 | 69.5 ± 0.7 (2) |" in text  # its last run was left out
+    assert "does no better than DAWM with one of 300" in text
+    assert "Missing: 18 runs of `cloning`" in text and "19 runs of `undertrained_td3bc`" in text
+    assert "revision abc1234 (44 runs)" in text and "python experiments/study.py first --seeds 3" in text
+    assert "`dwm_td3bc` is dwm_baseline --agent td3bc --rollouts stored" in text
+    assert "| `dawm_td3bc` | 69 ± 10 | 79 ± 1 | 108 ± 7 |" in text  # the paper's Table 2
+    assert text.count("None of its own runs is in yet") == 4
+    for table in ("first", "table6"):
+        assert (places / f"study_{table}.png").stat().st_size > 10_000
+    report.main(report.Args())
+    assert report.PAGE.read_text() == written
+
+
+def test_runs_at_paper_scale_have_tables_of_their_own(places):
+    report.write(rows_of("first", ["hopper-medium"], seeds=1, paper=True))
+    report.main(report.Args())
+    assert "(paper scale)" in report.PAGE.read_text() and "study_first_paper.png" in report.PAGE.read_text()
+
+
+def test_the_summary_keeps_what_it_had_and_takes_new_runs(places, capsys):
+    """A run that is given again replaces itself; one on data made anew leaves the older ones out of the tables."""
+    rows = rows_of("first", ["hopper-medium"])
+    report.write(rows)
+    assert report.read() == rows
+    report.write(report.read() + rows_of("first", ["hopper-medium"], noise=2.0))
+    assert len(report.read()) == len(rows) and report.read()[0].scores[-1] == rows[0].scores[-1] - 1
+    lines = report.SUMMARY.read_text().splitlines()
+    assert len(lines) == 1 + len(LEVELS) + 1 + len(rows) + 1  # a line for each set of arguments and each run
+    report.write(report.read() + rows_of("first", ["hopper-medium"], seeds=1, data="e" * 12))
+    cells = report.cells_of("first", report.read(), paper=False)
+    assert [row.data for row in cells["cloning"]["hopper-medium"]] == ["e" * 12]
+
+
+def test_run_folders_are_read(places):
+    """A run of three evaluations, the last one behind fewer updates than the others."""
+    job = study.jobs_of(study.Study("first", tasks=("hopper-medium",), seeds=1), paper=False)[0]
+    folder = places / "runs" / "a"
+    folder.mkdir(parents=True)
+    args = job.wanted | {"eval_every": 400, "agent_updates": 1000, "exp_name": "x"}
+    data = {"mean_return": 1607.01385, "robot": "hopper", "fingerprint": "f" * 64}  # half of D4RL's range
+    content = {"args": args, "module": job.module, "data": data, "git": "0123456789" * 4 + "-dirty"}
+    (folder / "args.json").write_text(json.dumps(content))
+    (folder / "summary.txt").write_text("total   60.0 s\n")
+    lines = [json.dumps({"step": 1, "eval/normalized_score": score}) for score in (1.0, 2.0, 4.0)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (row,) = report.collect(places / "runs")
+    assert (row.updates, row.scores, row.score) == ([400, 800, 1000], [1.0, 2.0, 4.0], 3.0)
+    assert (row.own, row.seconds, row.revision, row.data) == (pytest.approx(50), 60.0, "0123456-dirty", "f" * 12)
+
+
+def test_a_page_without_its_lines_is_told(places):
+    report.PAGE.write_text("# Results\n")
+    with pytest.raises(UserError, match="has no lines <!-- written by"):
+        report.main(report.Args())
+
+
+def test_the_page_here_is_that_of_the_summary():
+    """docs/results.md says what experiments/report.py writes from the committed summary."""
+    text = report.PAGE.read_text()
+    written = text.partition(report.BEGIN)[2].partition(report.END)[0]
+    assert written.strip() == report.page(report.read()).strip()
