@@ -1,6 +1,6 @@
 """Scores of finished runs as a Markdown table, and their learning curves.
 
-    python experiments/table.py runs/peers                 # the table
+    python experiments/table.py runs/peers               # the table
     python experiments/table.py runs/peers curves.png    # and the curves
 
 A table for each data set, of D4RL scores (0 to 100), or of returns where there is none. Runs that differ in nothing but
