@@ -300,7 +300,8 @@ def section(table: str, rows: list[Row], paper: bool) -> str:
     apart = "".join(f" {field} of {module}: {why}." for (module, field), why in APART.items() if module in modules)
     text += wrapped(f"The arms are alike in all arguments that they have in common, but for these: {arms}.{apart}")
     text += f"![Learning curves of each task and the performance profile]({picture}.png)\n"
-    if printed := published(table):
+    printed = published("table2" if table == "first" else table)
+    if printed := {learner: some for learner, some in printed.items() if learner in GRIDS[table]}:
         there = [task for task in TASKS if any(task in some for some in printed.values())]
         body = [[f"`{x}`", *(f"{y[t][0]:.0f} ± {y[t][1]:.0f}" for t in there)] for x, y in printed.items()]
         text += "\nThe paper's own, on D4RL's data and at its scale"
