@@ -23,6 +23,7 @@ SCRIPTS = {
     "dawm_iql": TOY_IDM,
     "dwm_baseline": [],
     "variants.joint_td3bc": [],
+    "variants.uncertain_td3bc": TOY_IDM,
     "baselines.ssorl": [*TOY_IDM, "--label-fraction", "0.5"],
 }
 

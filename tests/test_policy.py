@@ -25,6 +25,7 @@ LEARNERS = {
     "dawm_iql": TOY,
     "dwm_baseline": [*TOY_AGENT, *TOY_WORLD_MODEL],
     "variants.joint_td3bc": [*TOY_AGENT, *TOY_WORLD_MODEL],
+    "variants.uncertain_td3bc": TOY,
     "baselines.ssorl": [*TOY_AGENT, *TOY_IDM, "--label-fraction", "0.5"],
     "baselines.decision_diffuser": "--laptop --eval-episodes 2 --log-every 5 --device cpu --world-model-steps 20 "
     "--unet-width 8 --idm-width 16 --plan-horizon 8".split(),

@@ -32,7 +32,7 @@ TOY = [*TOY_AGENT, *TOY_WORLD_MODEL, *TOY_IDM]
 # Children are forked from a process that has imported everything and has one thread: forking the test process itself,
 # which has many, is what Python warns about. conftest.py starts it.
 SCRIPTS = ["dawm_td3bc", "dawm_iql", "dwm_baseline", "baselines.decision_diffuser", "baselines.ssorl"]
-SCRIPTS += ["variants.joint_td3bc"]
+SCRIPTS += ["variants.joint_td3bc", "variants.uncertain_td3bc"]
 SLOW_TO_IMPORT = ["torch._dynamo", "torch.utils.tensorboard", "matplotlib.backends.backend_agg", "pytest"]
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload([*SLOW_TO_IMPORT, *SCRIPTS])

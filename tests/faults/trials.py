@@ -38,6 +38,7 @@ COMMANDS = {
         [*SMALL, "--idm-width", "16", "--plan-horizon", "8", "--eval-episodes", "1"],
     ),
     "joint_td3bc": ("variants.joint_td3bc", [*SMALL, *AGENT, *ROLLOUTS]),
+    "uncertain_td3bc": ("variants.uncertain_td3bc", [*SMALL, *AGENT, *ROLLOUTS, *IDM]),
 }
 
 
