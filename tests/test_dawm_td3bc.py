@@ -252,15 +252,17 @@ def test_guidance(double, scale):
 
 @pytest.mark.parametrize("loss", ["noise", "x0"])
 def test_the_world_model_learns_known_dynamics(tmp_path, loss):
-    """After one real action, s' = 0.9 s + 0.3 a is certain; an untrained model misses by about one deviation."""
+    """After one real action s' = 0.9 s + 0.3 a is certain. Three seeds err by 0.017 to 0.028 deviations of the states;
+    windows of states erred by 0.10 to 0.19 after as many updates (commit 912e1d5).
+    """
     changes = dict(world_model_steps=300, world_model_lr=3e-3, ema_decay=0.9, ema_start=0, model_horizon=2, horizon=2)
     args, windows = windows_of(linear_dataset(episodes=100), loss=loss, **changes)
     model = script.train_world_model(args, windows, new_run(tmp_path))
     index = torch.arange(0, 2000, 7)
     obs, action = windows.obs[windows.start[index]], windows.action[index]
     found, reward = script.sample_rollouts(args, model, obs, action, windows.return_to_go[index, None])
-    assert ((found[:, 1] - (0.9 * obs + 0.3 * action)) / windows.change.std(0)).abs().mean() < 0.4
-    assert ((reward[:, 0] - obs[:, 0]) / windows.reward.std()).abs().mean() < 0.4
+    assert ((found[:, 1] - (0.9 * obs + 0.3 * action)) / windows.obs.std(0)).abs().mean() < 0.06
+    assert ((reward[:, 0] - obs[:, 0]) / windows.reward.std()).abs().mean() < 0.1
 
 
 # ---- Section 4: inverse dynamics
