@@ -131,8 +131,7 @@ class Args(RunArgs):
 # --laptop: the same method with a smaller U-Net and fewer updates, [deviation] throughout; not the paper's scale.
 # Four changes are of kind (docs/method.md): the loss on x0, since Eq. 2's hardly trains what sampling does first; all
 # steps at their full noise, with which rollouts spread more as the data do; each pair's own return as the target,
-# unguided, since a constant one out of reach asks of states about to fall that they recover; and the horizon with the
-# best Hopper score in [DAWM Tab. 6].
+# unguided, so that rollouts are such as the data have; and the horizon with the best Hopper score in [DAWM Tab. 6].
 LAPTOP = dict(
     horizon=1,
     threads=1,  # a second one gains 15% at these sizes, and loses tenfold when another process wants the core
@@ -790,7 +789,7 @@ def heed_uncertainty(args: Args, dataset: OfflineDataset, rows, valid, uncertain
         limit = np.quantile(uncertainty[valid].cpu().numpy(), args.uncertainty_quantile)
         valid = valid & (uncertainty > limit).cumsum(1).eq(0)
     if args.uncertainty_use == "penalty":
-        rows, reward = rows.clone(), -dataset.obs.shape[1] - 2  # its column, before next_obs and terminated
+        rows, reward = rows.clone(), sum(row_sizes(dataset.obs.shape[1], dataset.action.shape[1])[:2])  # its column
         rows[..., reward] -= args.uncertainty_penalty * float(dataset.reward.std()) * uncertainty
     return rows, valid
 
