@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from toy import TINY, Training, hopper_run, linear_dataset, load_elsewhere, metrics, refusal
+from toy import Training, hopper_run, linear_dataset, load_elsewhere, metrics, refusal
 
-SMALL = dict(TINY, plan_horizon=8, idm_width=16, target_return=0.5)
+SMALL = dict(env_id="linear", unet_width=16, unet_multipliers=(1, 2), device="cpu")
+SMALL |= dict(plan_horizon=8, idm_width=16, target_return=0.5)
 TOY = "--laptop --eval-episodes 2 --log-every 5 --device cpu --world-model-steps 60 --unet-width 8".split()
 TOY += "--idm-width 16 --plan-horizon 8".split()
 

@@ -90,6 +90,13 @@ def test_a_job_s_words_come_to_what_it_wants():
         assert args["env_id"] == "walker2d-medium-v2" and args.get("agent_updates", 7) == 7
 
 
+def test_extra_flags_leave_what_makes_a_learner_itself():
+    jobs = jobs_of(Study("first", tasks=("hopper-medium",), seeds=1, extra="--bc-alpha 2 --horizon 3"), paper=False)
+    assert {job.learner: job.wanted["bc_alpha"] for job in jobs}["cloning"] == 0
+    assert {job.wanted["bc_alpha"] for job in jobs if job.learner != "cloning"} == {2}
+    assert len(jobs) == 5 and {job.wanted["horizon"] for job in jobs} == {3}
+
+
 def test_two_learners_that_come_to_the_same_are_one():
     """At paper scale DAWM's horizon is 7."""
     jobs = jobs_of(Study("paper", learners=("dawm_td3bc", "dawm_h7", "dawm_h3"), seeds=1), paper=True)

@@ -8,7 +8,9 @@ from nbclient import NotebookClient
 from toy import ROOT, folders_below
 
 SCRIPT, NOTEBOOK = ROOT / "docs" / "walkthrough.py", ROOT / "docs" / "walkthrough.ipynb"
-SMALL = dict(world_model_steps=30, unet_width=8, idm_steps=20, idm_width=16, agent_updates=40, eval_every=40)
+SMALL = dict(
+    world_model_steps=30, unet_width=8, outcome_width=16, idm_steps=20, idm_width=16, agent_updates=40, eval_every=40
+)
 SMALL |= dict(eval_episodes=2, log_every=10, env_id="hopper-medium-v2")
 SHRINK = """
 import sys

@@ -22,10 +22,10 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = dict(env_id="linear", unet_width=16, unet_multipliers=(1, 2), device="cpu")
+TINY = dict(env_id="linear", unet_width=16, unet_multipliers=(1, 2), outcome_width=64, device="cpu")
 
 TOY_AGENT = "--laptop --agent-updates 40 --eval-every 20 --eval-episodes 2 --log-every 10 --device cpu".split()
-TOY_WORLD_MODEL = "--world-model-steps 30 --unet-width 8".split()
+TOY_WORLD_MODEL = "--world-model-steps 30 --unet-width 8 --outcome-width 16".split()
 TOY_IDM = "--idm-steps 20 --idm-width 16".split()
 TOY = [*TOY_AGENT, *TOY_WORLD_MODEL, *TOY_IDM]
 

@@ -19,7 +19,8 @@ from toy import child, hopper_arguments, new_run, run_script
 
 KILL, TERM, USR1, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
 
-SMALL = "--unet-width 8 --world-model-steps 60".split()
+UNET = "--unet-width 8 --world-model-steps 60".split()
+SMALL = [*UNET, "--outcome-width", "16"]
 IDM = "--idm-steps 120 --idm-width 16".split()
 AGENT = "--agent-updates 60 --eval-every 30 --eval-episodes 1".split()
 ROLLOUTS = "--synthesis-batch-size 32".split()
@@ -35,7 +36,7 @@ COMMANDS = {
     "ssorl-iql": ("baselines.ssorl", [*IDM, *AGENT, "--agent", "iql", "--label-fraction", "0.3"]),
     "decision_diffuser": (
         "baselines.decision_diffuser",
-        [*SMALL, "--idm-width", "16", "--plan-horizon", "8", "--eval-episodes", "1"],
+        [*UNET, "--idm-width", "16", "--plan-horizon", "8", "--eval-episodes", "1"],
     ),
     "joint_td3bc": ("variants.joint_td3bc", [*SMALL, *AGENT, *ROLLOUTS]),
     "uncertain_td3bc": ("variants.uncertain_td3bc", [*SMALL, *AGENT, *ROLLOUTS, *IDM]),
