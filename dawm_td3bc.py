@@ -138,9 +138,8 @@ LAPTOP = dict(
     idm_lr=1e-3,
     idm_width=256,
     synthesis_batch_size=1024,
-    agent_updates=25_000,
-    bc_alpha=1.0,  # Q has grown to half of its height by then, and lambda divides by it
-    eval_every=2_500,
+    agent_updates=50_000,
+    eval_every=5_000,
 )
 
 # Return scale [DAWM App.] and target return ([unspecified]; from [DWM App.]'s grids) of the paper's tasks. Any other

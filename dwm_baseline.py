@@ -142,11 +142,10 @@ LAPTOP = dict(
     rollouts="stored",
     synthesis_batch_size=1024,
     termination="rule",
-    agent_updates=25_000,
+    agent_updates=50_000,
     agent_batch_size=256,
-    bc_alpha=1.0,  # td3bc: Q has grown to half of its height by then, and lambda divides by it
     normalize_obs=True,  # iql [DWM App.]; without it so few updates leave a poor clone
-    eval_every=2_500,
+    eval_every=5_000,
 )
 
 # Return scale [DAWM App.] and target return ([unspecified]; from [DWM App.]'s grids) of the paper's tasks. Any other

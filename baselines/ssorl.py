@@ -99,9 +99,8 @@ LAPTOP = dict(
     idm_lr=1e-3,
     idm_width=256,
     normalize_obs=True,  # for iql [DWM App.]; without it so few updates leave a poor clone
-    agent_updates=25_000,
-    bc_alpha=1.0,  # Q has grown to half of its height by then, and lambda divides by it
-    eval_every=2_500,
+    agent_updates=50_000,
+    eval_every=5_000,
 )
 
 

@@ -164,14 +164,14 @@ def flags(text: str) -> dict[str, list[str]]:
 
 
 def command_of(learner: str, scale: tuple[str, ...], extra: str = "") -> tuple[str, tuple[str, ...]]:
-    """Module and flags: the learner's own, those that set what it shares to the home's value, and `extra`."""
+    """Module and flags: those that set what it shares to the home's value, then `extra`, then the learner's own."""
     module, own = LEARNERS[learner]
     found, defaults = flags(own), vars(arguments(module, scale))
     home = {name: value for script in reversed(HOMES) for name, value in vars(arguments(script, scale)).items()}
     for name in sorted((home.keys() & defaults.keys()) - found.keys() - GIVEN):
         if home[name] != defaults[name] and (module, name) not in APART:
             found[name] = words_for(name, home[name])
-    found |= {name: words for name, words in flags(extra).items() if name in defaults}
+    found |= {name: words for name, words in flags(extra).items() if name in defaults} | flags(own)
     return module, tuple(word for words in found.values() for word in words)
 
 
