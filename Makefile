@@ -17,7 +17,7 @@ demo: $(VENV)/.run-installed
 test: $(VENV)/.dev-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-faults: $(VENV)/.dev-installed
 	$(BIN)/python -m pytest tests/faults --full

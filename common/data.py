@@ -35,6 +35,7 @@ D4RL_QUALITIES = ("random", "medium", "medium-replay", "medium-expert", "full-re
 LOCAL_QUALITIES = ("random", "medium", "medium-replay", "medium-expert", "expert")
 D4RL_NAMES = [f"{robot}-{quality}-v2" for robot in ROBOTS for quality in D4RL_QUALITIES]
 LOCAL_NAMES = [f"local/{robot}/{quality}-v0" for robot in ROBOTS for quality in LOCAL_QUALITIES]
+LOCAL_RECIPE = 2  # of local_datasets/collect.py; by 1 actions were not rounded, and CPUs made different sets
 D4RL_LOCATIONS = (
     "https://huggingface.co/datasets/imone/D4RL/resolve/9ed58d8a76c12f4c1cb5db51fa71389e703d2ec5",
     "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2",
@@ -329,6 +330,8 @@ def _load_minari(env_id: str) -> OfflineDataset:
         warnings.simplefilter("ignore")  # v4 simulators announce their successor
         stored = minari.load_dataset(env_id)
         metadata = stored.storage.metadata
+        if is_local and metadata.get("recipe", 1) != LOCAL_RECIPE:
+            raise UserError(f"{path} was made by recipe {metadata.get('recipe', 1)}, not {LOCAL_RECIPE}; {again}")
         if stored.storage.FORMAT != "hdf5":
             raise UserError(f"{path} is in Minari's {stored.storage.FORMAT} format; store it with data_format='hdf5'")
         env = _recover(path, stored, metadata.get("requirements", ()))

@@ -36,7 +36,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import UserError
 from common.cli import tell
-from common.data import minari_root
+from common.data import LOCAL_RECIPE, minari_root
 from common.evaluation import REFERENCE_RETURNS, make_env
 from common.export import minari_writes_to
 from common.files import locked, sha256_of, sync
@@ -51,7 +51,6 @@ POLICIES = {
     "expert": ["expert"],
 }
 ENV_IDS = {f"local/{robot}/{quality}-v0": (robot, quality) for robot in SIMULATOR for quality in POLICIES}
-RECIPE = 2  # 1 had actions that were not rounded
 
 
 @dataclass
@@ -229,7 +228,7 @@ def main(args: Args) -> None:
         raise UserError(f"--seed {args.seed} is negative; give 0 or more")
     facts = [policy.facts for policy in policies]
     # Stored with the data, and compared with what is asked for the next time.
-    recipe = {"physics": "d4rl", "steps": args.steps, "seed": args.seed, "recipe": RECIPE, "policies": facts}
+    recipe = {"physics": "d4rl", "steps": args.steps, "seed": args.seed, "recipe": LOCAL_RECIPE, "policies": facts}
     try:
         folder = minari_root() / args.env_id
         work = minari_root() / ".collect" / args.env_id.replace("/", "-")  # Minari does not list hidden folders

@@ -759,7 +759,7 @@ def test_local(folders, made, monkeypatch):
     def make(command):
         calls.append(command[1:])
         if code == 0:
-            shutil.copytree(made, folders / "minari" / env_id)
+            edit_metadata(shutil.copytree(made, folders / "minari" / env_id), recipe=2)
         return SimpleNamespace(returncode=code)
 
     monkeypatch.setattr(data.subprocess, "run", make)
@@ -773,6 +773,8 @@ def test_local(folders, made, monkeypatch):
     script = Path(data.__file__).resolve().parent.parent / "local_datasets" / "collect.py"
     assert calls == [[script, "--env-id", env_id]] * 2
     assert "not D4RL" in loaded.source and loaded.physics == "d4rl" and loaded.env_id == env_id
+    edit_metadata(folders / "minari" / env_id, recipe=1)
+    assert "made by recipe 1, not 2; delete the folder, and the same command" in refused(load_dataset, env_id)
     (folders / "minari" / env_id / "data" / "main_data.hdf5").write_bytes(b"")
     assert "delete the folder, and the same command makes it again" in refused(load_dataset, env_id)
 

@@ -388,27 +388,22 @@ def test_a_preempted_job_leaves_a_checkpoint_and_asks_to_be_called_again(made_up
 # ---- The scripts themselves
 
 
-def test_a_run_of_the_grid_is_made_once_and_found(tmp_path):
+def test_a_run_of_the_grid_is_made_once_and_found(tmp_path, monkeypatch, capsys):
     """cloning on toy data, through the command line; its kept folder is found by the arguments in it."""
     hopper_file(tmp_path / "data.hdf5")
     extra = f"--laptop --data-path {tmp_path / 'data.hdf5'} --agent-updates 20 --eval-every 10 --eval-episodes 1"
-    grid = ["paper", "--tasks", "hopper-medium", "--learners", "cloning", "ssorl_iql", "--seeds", "1"]
-    words = [
-        sys.executable,
-        "experiments/study.py",
-        *grid,
-        f"--extra={extra} --idm-steps 20 --idm-width 16 --label-fraction 0.5",
-    ]
+    extra += " --idm-steps 20 --idm-width 16 --label-fraction 0.5"
+    words = ["experiments/study.py", "paper", "--tasks", "hopper-medium", "--learners", "cloning", "ssorl_iql"]
+    words += ["--seeds", "1", f"--extra={extra}", f"--run-dir={tmp_path / 'runs'}"]
 
     def call(*more: str) -> str:
-        done = subprocess.run(
-            [*words, f"--run-dir={tmp_path / 'runs'}", *more], cwd=ROOT, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr + done.stdout
-        return done.stdout
+        monkeypatch.setattr(sys, "argv", [*words, *more])
+        study.run_script(study.main, Study, {})
+        return capsys.readouterr().out
 
     assert shlex.split(call("--dry-run").splitlines()[1])[:3] == ["python", "-m", "dawm_td3bc"]
-    assert re.search("2 of 2  hopper-medium-v2__.*done", call())
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    assert re.search("2 of 2  hopper-medium-v2__.*done", done.stdout), done.stderr + done.stdout
     assert re.search(r"^all +2 +0 +0 +0 +0 +0$", call("--status"), flags=re.M)
     assert call() == "2 runs, 2 of them done or under way\n"
     assert len(call("--list").splitlines()) == 2
