@@ -276,19 +276,23 @@ def scores(samples: torch.Tensor, truth: torch.Tensor) -> dict[str, list[float]]
 def calibration(parts, options: Args, scale: torch.Tensor) -> dict:
     """See the module's docstring, 4; scale [obs_dim + 1] is the data's sd. UserError if no held-out window is whole."""
     args, script, windows, dataset = parts.args, parts.script, parts.windows, parts.dataset
+    steps = getattr(args, "model_horizon", args.horizon) + 1
     index = script.world_model_split(args, windows)[1]
-    index = index[(windows.start + args.model_horizon + 1 <= windows.final)[index]]
+    index = index[(windows.start + steps <= windows.final)[index]]
     if not len(index):
         raise UserError("no episode held out from the world model's training is as long as its windows")
     index = index[torch.linspace(0, len(index) - 1, min(options.pairs, len(index))).long()]
-    steps, rows, first = args.model_horizon + 1, windows.rows(index), windows.start[index]
+    first = windows.start[index]
+    rows = first[:, None] + torch.arange(steps + 1)
     truth = torch.cat([windows.obs[rows][:, 1:], windows.reward[rows][:, :-1, None]], dim=2) / scale
     torch.manual_seed(0)
     made = []
     for pairs in tqdm(
         index.repeat_interleave(options.rollouts).split(1024), desc="rollouts of held-out pairs", disable=None
     ):
-        known = windows.obs[windows.start[pairs]], windows.action[pairs], windows.return_to_go[pairs, None]
+        known = [windows.obs[windows.start[pairs]], windows.action[pairs]]
+        if hasattr(windows, "return_to_go"):
+            known.append(windows.return_to_go[pairs, None])
         obs, *_, reward = script.sample_rollouts(args, parts.world_model, *known)
         made.append(torch.cat([obs[:, 1:], reward[..., None]], dim=2))
     made = torch.cat(made).view(len(index), options.rollouts, steps, -1) / scale
@@ -308,7 +312,7 @@ def calibration(parts, options: Args, scale: torch.Tensor) -> dict:
     measured = torch.isin(train, measured)
     outcome = torch.as_tensor(np.column_stack([dataset.next_obs - dataset.obs, dataset.reward]))[train]
     both, state_in, action_out = torch.cat([obs, action], dim=1)[train], obs[train], action[train]
-    parameters = sum(p.numel() for p in parts.world_model.denoiser.parameters())
+    parameters = sum(p.numel() for p in parts.world_model.parameters())
     ends = both.shape[1] + 2 * outcome.shape[1]  # a width w has 5 (w^2 + (ends + 2) w) weights, about
     width = max(16, int((math.sqrt((ends + 2) ** 2 + 4 * parameters / 5) - ends - 2) / 2))
     model, policy = GaussianEnsemble(both, outcome, width), GaussianEnsemble(state_in, action_out, width)

@@ -64,6 +64,8 @@ LEARNERS = {
     "ssorl_td3bc": ("baselines.ssorl", "--agent td3bc"),
     "ssorl_iql": ("baselines.ssorl", "--agent iql"),
     "dd": ("baselines.decision_diffuser", ""),
+    "one_step": ("baselines.one_step", ""),
+    "dwm_one_step": ("baselines.one_step", "--ensemble-size 1 --actions policy --critic-target expansion"),
     "joint_td3bc": ("variants.joint_td3bc", ""),
     "dawm_t": ("dawm_td3bc", "--conditioning-subsample 8"),
     **{f"dawm_h{h}": ("dawm_td3bc", f"--horizon {h}") for h in (1, 3, 7)},
@@ -77,6 +79,7 @@ GRIDS = {  # each table with its controls: cloning, real data, a world model tha
         ("table4", TASKS, "dawm_td3bc ssorl_td3bc iql dawm_iql ssorl_iql undertrained_iql"),
         ("table5", MEDIUM, "dawm_td3bc dawm_t"),
         ("table6", MEDIUM, "dawm_h1 dwm_h1 dawm_h3 dwm_h3 dawm_h7 dwm_h7"),
+        ("table1", MEDIUM, "dawm_td3bc dwm_td3bc dd one_step dwm_one_step"),
         ("ours", TASKS, "dawm_td3bc joint_td3bc"),
     )
 }

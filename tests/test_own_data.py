@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from minari.data_collector import EpisodeBuffer
-from toy import TOY_AGENT, TOY_IDM, TOY_WORLD_MODEL, child, folders_below, run
+from toy import TOY_AGENT, TOY_IDM, TOY_ONE_STEP, TOY_WORLD_MODEL, child, folders_below, run
 
 SCRIPTS = {
     "dawm_td3bc": TOY_IDM,
@@ -25,6 +25,7 @@ SCRIPTS = {
     "variants.joint_td3bc": [],
     "variants.uncertain_td3bc": TOY_IDM,
     "baselines.ssorl": [*TOY_IDM, "--label-fraction", "0.5"],
+    "baselines.one_step": TOY_ONE_STEP,
 }
 
 
@@ -66,7 +67,7 @@ def test_every_script_is_scored_in_the_sets_own_environment(folders, wrapped):
     env, name = gym.make("Pendulum-v1"), "own/pendulum-v0"
     record(gym.wrappers.RescaleAction(env, -1.0, 1.0) if wrapped else env, name)
     for module, options in [("dawm_td3bc", TOY_IDM)] if wrapped else SCRIPTS.items():
-        small = [*TOY_AGENT, *(TOY_WORLD_MODEL if module != "baselines.ssorl" else []), *options]
+        small = [*TOY_AGENT, *(TOY_WORLD_MODEL if not module.startswith("baselines.") else []), *options]
         result = run(module, ["--env-id", name, *folders_below(folders), *small], folders)
         assert result.code == 0 and "no D4RL reference" in result.text, (module, result.text[-2000:])
         (folder,) = folders.glob(f"runs/*__{module.split('.')[-1]}__*")

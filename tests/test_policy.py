@@ -18,7 +18,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 from test_own_data import record
-from toy import ROOT, TOY, TOY_AGENT, TOY_IDM, TOY_WORLD_MODEL, child, folders_below, hopper_run, run
+from toy import ROOT, TOY, TOY_AGENT, TOY_IDM, TOY_ONE_STEP, TOY_WORLD_MODEL, child, folders_below, hopper_run, run
 
 LEARNERS = {
     "dawm_td3bc": TOY,
@@ -27,6 +27,7 @@ LEARNERS = {
     "variants.joint_td3bc": [*TOY_AGENT, *TOY_WORLD_MODEL],
     "variants.uncertain_td3bc": TOY,
     "baselines.ssorl": [*TOY_AGENT, *TOY_IDM, "--label-fraction", "0.5"],
+    "baselines.one_step": [*TOY_AGENT, *TOY_ONE_STEP],
     "baselines.decision_diffuser": "--laptop --eval-episodes 2 --log-every 5 --device cpu --world-model-steps 20 "
     "--unet-width 8 --idm-width 16 --plan-horizon 8".split(),
 }

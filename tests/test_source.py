@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-HOMES = [ROOT / "dawm_td3bc.py", ROOT / "dawm_iql.py"]
+HOMES = [ROOT / "dawm_td3bc.py", ROOT / "dawm_iql.py", ROOT / "dwm_baseline.py"]
 OTHERS = [*ROOT.glob("*.py"), *(ROOT / "baselines").glob("[a-z]*.py"), *(ROOT / "variants").glob("[a-z]*.py")]
 TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
 # A fork that nobody has added to git is left alone.

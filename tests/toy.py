@@ -27,11 +27,13 @@ TINY = dict(env_id="linear", unet_width=16, unet_multipliers=(1, 2), outcome_wid
 TOY_AGENT = "--laptop --agent-updates 40 --eval-every 20 --eval-episodes 2 --log-every 10 --device cpu".split()
 TOY_WORLD_MODEL = "--world-model-steps 30 --unet-width 8 --outcome-width 16".split()
 TOY_IDM = "--idm-steps 20 --idm-width 16".split()
+TOY_ONE_STEP = "--world-model-steps 30 --ensemble-width 16".split()
 TOY = [*TOY_AGENT, *TOY_WORLD_MODEL, *TOY_IDM]
 
 # Children are forked from a process that has imported everything and has one thread: forking the test process itself,
 # which has many, is what Python warns about. conftest.py starts it.
 SCRIPTS = ["dawm_td3bc", "dawm_iql", "dwm_baseline", "baselines.decision_diffuser", "baselines.ssorl"]
+SCRIPTS += ["baselines.one_step"]
 SCRIPTS += ["variants.joint_td3bc", "variants.uncertain_td3bc"]
 SLOW_TO_IMPORT = ["torch._dynamo", "torch.utils.tensorboard", "matplotlib.backends.backend_agg", "pytest"]
 context = multiprocessing.get_context("forkserver")

@@ -60,7 +60,13 @@ def tail(log: Path) -> str:
     return text_of(log)[-2000:]
 
 
-OWN_STAGES = ("dawm_td3bc", "ssorl-iql", "decision_diffuser", "joint_td3bc")  # what all others train is in these too
+OWN_STAGES = (
+    "dawm_td3bc",
+    "ssorl-iql",
+    "decision_diffuser",
+    "one_step",
+    "joint_td3bc",
+)  # what all others train is in these too
 
 
 @pytest.mark.parametrize("name", [n if n in OWN_STAGES else pytest.param(n, marks=pytest.mark.full) for n in COMMANDS])

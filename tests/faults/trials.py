@@ -25,6 +25,8 @@ IDM = "--idm-steps 120 --idm-width 16".split()
 AGENT = "--agent-updates 60 --eval-every 30 --eval-episodes 1".split()
 ROLLOUTS = "--synthesis-batch-size 32".split()
 ONLINE = "--synthesis online --agent-updates 24 --eval-every 12 --agent-batch-size 16".split()
+ONE_STEP = "--ensemble-width 16 --world-model-steps 60".split()
+ONE_STEP_DWM = "--preset dwm --horizon 2".split()
 # Every command, with every stage that it has.
 COMMANDS = {
     "dawm_td3bc": ("dawm_td3bc", [*SMALL, *IDM, *AGENT, *ROLLOUTS]),
@@ -38,6 +40,8 @@ COMMANDS = {
         "baselines.decision_diffuser",
         [*UNET, "--idm-width", "16", "--plan-horizon", "8", "--eval-episodes", "1"],
     ),
+    "one_step": ("baselines.one_step", [*ONE_STEP, *AGENT, *ROLLOUTS]),
+    "one_step-dwm": ("baselines.one_step", [*ONE_STEP, *AGENT, *ONE_STEP_DWM]),
     "joint_td3bc": ("variants.joint_td3bc", [*SMALL, *AGENT, *ROLLOUTS]),
     "uncertain_td3bc": ("variants.uncertain_td3bc", [*SMALL, *AGENT, *ROLLOUTS, *IDM]),
 }
