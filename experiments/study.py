@@ -91,6 +91,7 @@ APART = {
     ("dawm_iql", "policy_delay"): "IQL's policy moves at every update, TD3+BC's at every second",
     ("dwm_baseline", "policy_delay"): "the agent's own",
     ("baselines.ssorl", "policy_delay"): "the agent's own",
+    ("baselines.one_step", "preset"): "the names of its own defaults",
     ("baselines.decision_diffuser", "target_return"): "a planner asks at states whose own return nobody knows",
 }
 GIVEN = {"env_id", "seed", "exp_name", "run_dir", "stage_dir"}  # by the grid, to each run
