@@ -345,7 +345,7 @@ def audit(parts, options: Args) -> dict:
     real = parts.script.real_transitions(dataset, torch.device("cpu"))[:, None]
     rows = draw_rows(parts.rollouts["rows"], parts.rollouts["valid"], sizes, options.rows)
     real = draw_rows(real, torch.ones(real.shape[:2], dtype=torch.bool), sizes, options.rows)
-    steps = [rows[rows.step == h] for h in range(parts.args.horizon + 1)]
+    steps = [rows[rows.step == h] for h in range(parts.rollouts["valid"].shape[1])]
     names = NAMES.get(dataset.robot) or [str(i) for i in range(len(obs_sd))]
     run = f"{parts.args.exp_name} on {parts.args.env_id}"
     result = {"run": run, "rows": int(parts.rollouts["valid"].sum()), "names": names}
@@ -379,6 +379,8 @@ def audit(parts, options: Args) -> dict:
     if options.pairs:
         scale = torch.as_tensor(np.append(obs_sd, reward_sd), dtype=torch.float32)
         try:
+            if not hasattr(parts, "windows"):
+                raise UserError("it has no rollouts from held-out real pairs")
             result["calibration"] = calibration(parts, options, scale)
         except UserError as error:
             result["no calibration"] = str(error)
