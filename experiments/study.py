@@ -64,6 +64,9 @@ LEARNERS = {
     "ssorl_td3bc": ("baselines.ssorl", "--agent td3bc"),
     "ssorl_iql": ("baselines.ssorl", "--agent iql"),
     "dd": ("baselines.decision_diffuser", ""),
+    "diffuser": ("baselines.diffuser", ""),
+    "diffusion_mpc": ("baselines.diffusion_mpc", ""),
+    "synther": ("baselines.synther", ""),
     "one_step": ("baselines.one_step", ""),
     "dwm_one_step": ("baselines.one_step", "--ensemble-size 1 --actions policy --critic-target expansion"),
     "joint_td3bc": ("variants.joint_td3bc", ""),
@@ -79,7 +82,7 @@ GRIDS = {  # each table with its controls: cloning, real data, a world model tha
         ("table4", TASKS, "dawm_td3bc ssorl_td3bc iql dawm_iql ssorl_iql undertrained_iql"),
         ("table5", MEDIUM, "dawm_td3bc dawm_t"),
         ("table6", MEDIUM, "dawm_h1 dwm_h1 dawm_h3 dwm_h3 dawm_h7 dwm_h7"),
-        ("table1", MEDIUM, "dawm_td3bc dwm_td3bc dd one_step dwm_one_step"),
+        ("table1", MEDIUM, "dawm_td3bc dwm_td3bc dd diffuser diffusion_mpc synther one_step dwm_one_step"),
         ("ours", TASKS, "dawm_td3bc joint_td3bc"),
     )
 }
@@ -88,14 +91,24 @@ GRIDS["paper"] = {learner: tasks for name in reversed(GRIDS) for learner, tasks 
 # What learners share has one value, that of the first of these scripts that has it. But for:
 HOMES = ("dawm_td3bc", "dawm_iql")
 APART = {
-    ("dawm_iql", "policy_delay"): "IQL's policy moves at every update, TD3+BC's at every second",
-    ("dwm_baseline", "policy_delay"): "the agent's own",
-    ("baselines.ssorl", "policy_delay"): "the agent's own",
-    ("baselines.one_step", "preset"): "the names of its own defaults",
-    ("baselines.decision_diffuser", "target_return"): "a planner asks at states whose own return nobody knows",
-}
+    (module, name): why
+    for module, names, why in (
+        ("dawm_iql", "policy_delay", "IQL's policy moves at every update, TD3+BC's at every second"),
+        ("dwm_baseline", "policy_delay", "the agent's own"),
+        ("baselines.ssorl", "policy_delay", "the agent's own"),
+        ("baselines.one_step", "preset", "the names of its own defaults"),
+        ("baselines.decision_diffuser", "target_return", "a planner asks at states whose own return nobody knows"),
+        ("baselines.diffuser", "plan_horizon gamma termination_penalty unet_width unet_multipliers diffusion_steps",
+         "its own network and value, which its guidance scales go with"),
+        ("baselines.diffusion_mpc", "plan_horizon ema_decay termination_penalty", "its own networks and objective"),
+        ("baselines.synther", "mlp_width world_model_steps world_model_batch_size world_model_lr synthesis_batch_size",
+         "EDM's network, and its budget"),
+    )
+    for name in names.split()
+}  # fmt: skip
 GIVEN = {"env_id", "seed", "exp_name", "run_dir", "stage_dir"}  # by the grid, to each run
-BY_AGENT = {"policy_delay", "lambda_return"}  # that a script fills in where they are None
+# That a script fills in where they are None.
+BY_AGENT = {"policy_delay", "lambda_return", "plan_horizon", "unet_multipliers", "guide_scale", "guide_stop"}
 PLACES = {"run_dir", "stage_dir", "exp_name", "checkpoint_every", "track", "wandb_project"}  # move no score
 
 
@@ -443,11 +456,11 @@ source_of = cache(stage_source)
 
 
 def results_of(job: Job) -> set[str]:
-    """Keys of what runs share of this one: world model, inverse dynamics, synthetic set."""
-    script, found = importlib.import_module(job.module), set()
+    """Keys of what runs share of this one: all that its script trains or makes but the agent."""
+    found = set()
     if job.wanted.get("synthetic_fraction") != 0:
-        for name in ("train_world_model", "train_decision_diffuser", "train_inverse_dynamics", "synthesize"):
-            if stage := getattr(script, name, None):
+        for name, stage in vars(importlib.import_module(job.module)).items():
+            if name == "synthesize" or (name.startswith("train_") and name != "train_agent"):
                 source, fields = source_of(stage)
                 values = [job.wanted["env_id"], name, source, *(job.wanted[field] for field in fields)]
                 found.add(hashlib.sha256(json.dumps(values).encode()).hexdigest())

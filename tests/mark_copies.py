@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FIRST = ["dawm_td3bc.py", "dawm_iql.py", "baselines/synther.py", "dwm_baseline.py"]
+FIRST = ["dawm_td3bc.py", "dawm_iql.py", "dwm_baseline.py", "baselines/synther.py"]
 MARKER = re.compile(r"# (Copied|Adapted) from \S+?(: .*)?$")
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from toy import TOY_AGENT, TOY_ONE_STEP, Training, hopper_run, linear_dataset, load_elsewhere, metrics, refusal
+from toy import SCRIPTS, Training, hopper_run, linear_dataset, load_elsewhere, metrics, refusal
 
 CPU = torch.device("cpu")
 
@@ -127,7 +127,7 @@ def test_targets_of_one_step_are_dawms_and_of_more_steps_by_hand():
 @pytest.mark.parametrize("options", [[], ["--preset", "dwm"], ["--actions", "policy", "--horizon", "2"]])
 def test_each_way_reaches_a_score_and_is_found_again(options, toy, tmp_path):
     name = "one-step-" + "".join(options).replace("-", "")
-    text = hopper_run("baselines.one_step", toy, *TOY_AGENT, *TOY_ONE_STEP, *options, "--exp-name", name)
+    text = hopper_run("baselines.one_step", toy, *SCRIPTS["baselines.one_step"], *options, "--exp-name", name)
     (folder,) = (toy / "runs").glob(f"*__{name}__*")
     stages = list(json.loads((folder / "stages.json").read_text()))
     assert "final" in text and stages == ["world model", *(["synthesize"] * (not options)), "agent"]

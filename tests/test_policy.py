@@ -18,19 +18,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 from test_own_data import record
-from toy import ROOT, TOY, TOY_AGENT, TOY_IDM, TOY_ONE_STEP, TOY_WORLD_MODEL, child, folders_below, hopper_run, run
-
-LEARNERS = {
-    "dawm_td3bc": TOY,
-    "dawm_iql": TOY,
-    "dwm_baseline": [*TOY_AGENT, *TOY_WORLD_MODEL],
-    "variants.joint_td3bc": [*TOY_AGENT, *TOY_WORLD_MODEL],
-    "variants.uncertain_td3bc": TOY,
-    "baselines.ssorl": [*TOY_AGENT, *TOY_IDM, "--label-fraction", "0.5"],
-    "baselines.one_step": [*TOY_AGENT, *TOY_ONE_STEP],
-    "baselines.decision_diffuser": "--laptop --eval-episodes 2 --log-every 5 --device cpu --world-model-steps 20 "
-    "--unet-width 8 --idm-width 16 --plan-horizon 8".split(),
-}
+from toy import ROOT, SCRIPTS, TOY_AGENT, child, folders_below, hopper_run, run
 
 
 def policy(folder: Path, *words, **environment) -> SimpleNamespace:
@@ -70,7 +58,7 @@ def made(toy):
     def make(module: str) -> Path:
         if module not in folders:
             name = f"policy-{module.split('.')[-1]}"
-            hopper_run(module, toy, *LEARNERS[module], "--exp-name", name)
+            hopper_run(module, toy, *SCRIPTS[module], "--exp-name", name)
             (folders[module],) = (toy / "runs").glob(f"*__{name}__*")
         return folders[module]
 
@@ -86,7 +74,7 @@ def test_every_command_finds_the_projects_modules(script, tmp_path):
     assert process.exitcode and text and "No module named" not in text.replace("named 'd3rlpy'", "")
 
 
-@pytest.mark.parametrize("module", LEARNERS)
+@pytest.mark.parametrize("module", SCRIPTS)
 def test_the_first_start_seed_is_the_runs_own_evaluation(module, made, tmp_path):
     folder = made(module)
     result = policy(tmp_path, folder, "--episodes", 2, "--starts", 1)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-HOMES = [ROOT / "dawm_td3bc.py", ROOT / "dawm_iql.py", ROOT / "dwm_baseline.py"]
+# The last is that of EDM.
+HOMES = [ROOT / f"{name}.py" for name in ("dawm_td3bc", "dawm_iql", "dwm_baseline", "baselines/synther")]
 OTHERS = [*ROOT.glob("*.py"), *(ROOT / "baselines").glob("[a-z]*.py"), *(ROOT / "variants").glob("[a-z]*.py")]
 TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
 # A fork that nobody has added to git is left alone.

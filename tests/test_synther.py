@@ -10,7 +10,7 @@ from baselines.synther import Args, WorldModel
 
 import pytest
 import torch
-from toy import ROOT, TOY_AGENT, TOY_SYNTHER, Training, hopper_run, linear_dataset, load_elsewhere, metrics, refusal
+from toy import ROOT, SCRIPTS, Training, hopper_run, linear_dataset, load_elsewhere, metrics, refusal
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import audit
@@ -129,7 +129,7 @@ def test_samples_in_the_datas_units_with_whole_ends_and_actions_within_bounds(mo
 
 @pytest.fixture(scope="module")
 def finished(toy):
-    text = hopper_run("baselines.synther", toy, *TOY_AGENT, *TOY_SYNTHER)
+    text = hopper_run("baselines.synther", toy, *SCRIPTS["baselines.synther"])
     (folder,) = (toy / "runs").glob("*__synther__*")
     return folder, text
 

@@ -26,7 +26,7 @@ AGENT = "--agent-updates 60 --eval-every 30 --eval-episodes 1".split()
 ROLLOUTS = "--synthesis-batch-size 32".split()
 ONLINE = "--synthesis online --agent-updates 24 --eval-every 12 --agent-batch-size 16".split()
 ONE_STEP = "--ensemble-width 16 --world-model-steps 60".split()
-ONE_STEP_DWM = "--preset dwm --horizon 2".split()
+SYNTHER = "--world-model-steps 60 --mlp-width 16 --synthetic-transitions 500 --synthesis-batch-size 20".split()
 # Every command, with every stage that it has.
 COMMANDS = {
     "dawm_td3bc": ("dawm_td3bc", [*SMALL, *IDM, *AGENT, *ROLLOUTS]),
@@ -40,8 +40,18 @@ COMMANDS = {
         "baselines.decision_diffuser",
         [*UNET, "--idm-width", "16", "--plan-horizon", "8", "--eval-episodes", "1"],
     ),
+    "diffuser": (
+        "baselines.diffuser",
+        "--unet-width 16 --world-model-steps 60 --value-steps 60 --plans 2 --eval-episodes 1".split(),
+    ),
+    "diffusion_mpc": (
+        "baselines.diffusion_mpc",
+        "--world-model-steps 60 --transformer-width 8 --attention-width 8 --mlp-width 8 --candidates 2 "
+        "--eval-episodes 1".split(),
+    ),
     "one_step": ("baselines.one_step", [*ONE_STEP, *AGENT, *ROLLOUTS]),
-    "one_step-dwm": ("baselines.one_step", [*ONE_STEP, *AGENT, *ONE_STEP_DWM]),
+    "one_step-dwm": ("baselines.one_step", [*ONE_STEP, *AGENT, "--preset", "dwm", "--horizon", "2"]),
+    "synther": ("baselines.synther", [*SYNTHER, *AGENT]),
     "joint_td3bc": ("variants.joint_td3bc", [*SMALL, *AGENT, *ROLLOUTS]),
     "uncertain_td3bc": ("variants.uncertain_td3bc", [*SMALL, *AGENT, *ROLLOUTS, *IDM]),
 }
