@@ -41,6 +41,10 @@ SCRIPTS = {
         *"--transformer-layers 1 --transformer-width 8 --attention-width 8 --mlp-width 8 --candidates 2".split(),
     ],
     "baselines.one_step": [*TOY_AGENT, *"--world-model-steps 30 --ensemble-width 16".split()],
+    "baselines.polygrad": [
+        *TOY_AGENT,
+        *"--world-model-steps 30 --denoiser-width 16 --agent-batch-size 16 --kept-windows 40".split(),
+    ],
     "baselines.ssorl": [*TOY_AGENT, *TOY_IDM, "--label-fraction", "0.5"],
     "baselines.synther": [
         *TOY_AGENT,

@@ -26,6 +26,7 @@ AGENT = "--agent-updates 60 --eval-every 30 --eval-episodes 1".split()
 ROLLOUTS = "--synthesis-batch-size 32".split()
 ONLINE = "--synthesis online --agent-updates 24 --eval-every 12 --agent-batch-size 16".split()
 ONE_STEP = "--ensemble-width 16 --world-model-steps 60".split()
+POLYGRAD = "--denoiser-width 16 --world-model-steps 60 --agent-batch-size 16 --kept-windows 64".split()
 SYNTHER = "--world-model-steps 60 --mlp-width 16 --synthetic-transitions 500 --synthesis-batch-size 20".split()
 # Every command, with every stage that it has.
 COMMANDS = {
@@ -51,6 +52,7 @@ COMMANDS = {
     ),
     "one_step": ("baselines.one_step", [*ONE_STEP, *AGENT, *ROLLOUTS]),
     "one_step-dwm": ("baselines.one_step", [*ONE_STEP, *AGENT, "--preset", "dwm", "--horizon", "2"]),
+    "polygrad": ("baselines.polygrad", [*POLYGRAD, *AGENT]),
     "synther": ("baselines.synther", [*SYNTHER, *AGENT]),
     "joint_td3bc": ("variants.joint_td3bc", [*SMALL, *AGENT, *ROLLOUTS]),
     "uncertain_td3bc": ("variants.uncertain_td3bc", [*SMALL, *AGENT, *ROLLOUTS, *IDM]),
