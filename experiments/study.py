@@ -67,7 +67,9 @@ LEARNERS = {
     "diffuser": ("baselines.diffuser", ""),
     "diffusion_mpc": ("baselines.diffusion_mpc", ""),
     "synther": ("baselines.synther", ""),
+    "pgd": ("baselines.policy_guided_diffusion", ""),
     "polygrad": ("baselines.polygrad", ""),
+    "diamond": ("baselines.diamond", ""),
     "one_step": ("baselines.one_step", ""),
     "dwm_one_step": ("baselines.one_step", "--ensemble-size 1 --actions policy --critic-target expansion"),
     "joint_td3bc": ("variants.joint_td3bc", ""),
@@ -83,7 +85,8 @@ GRIDS = {  # each table with its controls: cloning, real data, a world model tha
         ("table4", TASKS, "dawm_td3bc ssorl_td3bc iql dawm_iql ssorl_iql undertrained_iql"),
         ("table5", MEDIUM, "dawm_td3bc dawm_t"),
         ("table6", MEDIUM, "dawm_h1 dwm_h1 dawm_h3 dwm_h3 dawm_h7 dwm_h7"),
-        ("table1", MEDIUM, "dawm_td3bc dwm_td3bc dd diffuser diffusion_mpc synther polygrad one_step dwm_one_step"),
+        ("table1", MEDIUM, "dawm_td3bc dwm_td3bc dd diffuser diffusion_mpc pgd polygrad diamond synther one_step "
+                           "dwm_one_step"),
         ("ours", TASKS, "dawm_td3bc joint_td3bc"),
     )
 }
@@ -106,6 +109,8 @@ APART = {
         ("baselines.polygrad", "diffusion_steps ema_decay", "its chain refines the actions too"),
         ("baselines.synther", "mlp_width world_model_steps world_model_batch_size world_model_lr synthesis_batch_size",
          "EDM's network, and its budget"),
+        ("baselines.policy_guided_diffusion", "unet_width world_model_steps world_model_batch_size world_model_lr "
+         "sampling_steps synthesis_batch_size synthetic_fraction", "EDM's network and its budget, and a few real rows"),
     )
     for name in names.split()
 }  # fmt: skip

@@ -45,6 +45,10 @@ SCRIPTS = {
         *TOY_AGENT,
         *"--world-model-steps 30 --denoiser-width 16 --agent-batch-size 16 --kept-windows 40".split(),
     ],
+    "baselines.policy_guided_diffusion": [
+        *TOY_AGENT,
+        *"--world-model-steps 30 --unet-width 16 --windows-per-set 30 --sampling-steps 4 --refresh-every 15".split(),
+    ],
     "baselines.ssorl": [*TOY_AGENT, *TOY_IDM, "--label-fraction", "0.5"],
     "baselines.synther": [
         *TOY_AGENT,

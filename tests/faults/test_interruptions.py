@@ -62,7 +62,7 @@ def tail(log: Path) -> str:
 
 # What all others train is in these too.
 OWN_STAGES = ["dawm_td3bc", "ssorl-iql", "decision_diffuser", "diffuser", "diffusion_mpc", "one_step", "synther"]
-OWN_STAGES += ["polygrad", "joint_td3bc"]
+OWN_STAGES += ["policy_guided_diffusion", "polygrad", "diamond", "joint_td3bc"]
 
 
 @pytest.mark.parametrize("name", [n if n in OWN_STAGES else pytest.param(n, marks=pytest.mark.full) for n in COMMANDS])

@@ -27,6 +27,7 @@ ROLLOUTS = "--synthesis-batch-size 32".split()
 ONLINE = "--synthesis online --agent-updates 24 --eval-every 12 --agent-batch-size 16".split()
 ONE_STEP = "--ensemble-width 16 --world-model-steps 60".split()
 POLYGRAD = "--denoiser-width 16 --world-model-steps 60 --agent-batch-size 16 --kept-windows 64".split()
+PGD = "--world-model-steps 60 --unet-width 16 --windows-per-set 40 --synthesis-batch-size 4 --refresh-every 25".split()
 SYNTHER = "--world-model-steps 60 --mlp-width 16 --synthetic-transitions 500 --synthesis-batch-size 20".split()
 # Every command, with every stage that it has.
 COMMANDS = {
@@ -53,6 +54,7 @@ COMMANDS = {
     "one_step": ("baselines.one_step", [*ONE_STEP, *AGENT, *ROLLOUTS]),
     "one_step-dwm": ("baselines.one_step", [*ONE_STEP, *AGENT, "--preset", "dwm", "--horizon", "2"]),
     "polygrad": ("baselines.polygrad", [*POLYGRAD, *AGENT]),
+    "policy_guided_diffusion": ("baselines.policy_guided_diffusion", [*PGD, *AGENT, "--sampling-steps", "4"]),
     "synther": ("baselines.synther", [*SYNTHER, *AGENT]),
     "joint_td3bc": ("variants.joint_td3bc", [*SMALL, *AGENT, *ROLLOUTS]),
     "uncertain_td3bc": ("variants.uncertain_td3bc", [*SMALL, *AGENT, *ROLLOUTS, *IDM]),
