@@ -38,16 +38,21 @@ def read_args(folder: Path) -> dict:
         raise UserError(f"{folder} is not the folder of a run: it holds no readable args.json")
 
 
+def finished_run(folder: Path) -> SimpleNamespace:
+    """Content of args.json, every metric's values in order, seconds of the whole run. UserError if it is none."""
+    content, summary, metrics = read_args(folder), folder / "summary.txt", defaultdict(list)
+    if not summary.exists():
+        raise UserError(f"{folder} has not finished: give its command again")
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        for name, value in json.loads(line).items():
+            metrics[name].append(value)
+    seconds = float(re.search(r"^total +([\d.]+) s", summary.read_text(), flags=re.M)[1])
+    return SimpleNamespace(content=content, metrics=metrics, seconds=seconds)
+
+
 def finished_runs(root: Path) -> list[SimpleNamespace]:
-    """All finished runs in a folder: content of args.json, every metric's values in order, seconds of the whole run."""
-    runs = []
-    for summary in sorted(root.glob("*/summary.txt")):
-        metrics = defaultdict(list)
-        for line in (summary.parent / "metrics.jsonl").read_text().splitlines():
-            for name, value in json.loads(line).items():
-                metrics[name].append(value)
-        seconds = float(re.search(r"^total +([\d.]+) s", summary.read_text(), flags=re.M)[1])
-        runs.append(SimpleNamespace(content=read_args(summary.parent), metrics=metrics, seconds=seconds))
+    """All finished runs in a folder: see finished_run."""
+    runs = [finished_run(summary.parent) for summary in sorted(root.glob("*/summary.txt"))]
     if not runs:
         raise UserError(f"no finished run in {root}; give the --run-dir of the runs")
     return runs

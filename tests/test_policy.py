@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
+from safetensors import safe_open
 from test_own_data import record
 from toy import ROOT, SCRIPTS, TOY_AGENT, child, folders_below, hopper_run, run
 
@@ -86,6 +88,29 @@ def test_the_first_start_seed_is_the_runs_own_evaluation(module, made, tmp_path)
     assert result.rows["means"] == [f"{mean:.1f}", "-", f"{mean:.1f}", f"{mean:.1f}", f"{score:.1f}"]
     data = json.loads((folder / "args.json").read_text())["data"]
     assert result.rows["the data"][0] == f"{data['mean_return']:.1f}"
+
+
+def test_table1_tells_what_a_run_took_and_got(made, tmp_path):
+    """A row for an actor whose synthetic set is kept, with one more seed; one for a planner, which makes none."""
+    folder, other, second = made("dawm_td3bc"), made("baselines.diffusion_mpc"), tmp_path / "second"
+    shutil.copytree(folder, second)
+    content = json.loads((folder / "args.json").read_text())
+    content["args"]["seed"] = 1
+    (second / "args.json").write_text(json.dumps(content))
+    audit = {f"step {h}": {"state": {"median": 0.1 + h}} for h in range(3)} | {"real": None}
+    (second / "audit.json").write_text(json.dumps({"simulator": audit}))
+    process = child(_command, ["experiments/table1.py", *map(str, (folder, other, second))], log=tmp_path / "log")
+    process.join()
+    text = (tmp_path / "log").read_text()
+    assert process.exitcode == 0, text
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
+    scores = [normalized_score("hopper", finals(x)[0]) for x in (folder, other)]
+    assert [row[3] for row in rows] == [f"{scores[0]:.1f} ± 0.0 (2)", f"{scores[1]:.1f} (1)"]
+    with safe_open(json.loads((folder / "stages.json").read_text())["synthesize"], "pt") as file:
+        seconds, valid = json.loads(file.metadata()["manifest"])["seconds"], file.get_tensor("valid").sum()
+    assert [row[2] for row in rows] == [f"{1e6 * seconds / int(valid):.3g}", "-"]
+    assert [row[4] for row in rows] == ["0.1, 2.1", "-"] and all(float(row[1]) > 0 for row in rows)
+    assert [row[5].split(";")[0] for row in rows] == ["30, 40", "20, -"]
 
 
 def test_start_seeds_are_blocks_of_episodes_in_the_physics_asked_for(made, tmp_path):
