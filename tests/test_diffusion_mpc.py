@@ -87,6 +87,15 @@ def test_only_tokens_that_count_are_in_the_loss():
     assert loss.item() == pytest.approx(np.mean(squares), rel=1e-12)
 
 
+def test_the_loss_of_a_gaussian_proposal_by_hand():
+    """Mean 0.25 and standard deviation 2 for all: ln 2 + ((a - 0.25) / 2)^2 / 2."""
+    windows, index = make_windows(), torch.arange(5)
+    proposal = script.Proposal(Args(**SMALL, proposal="gaussian"), windows)
+    loss = proposal.loss(lambda _, x: torch.cat([0 * x + 0.25, 0 * x + np.log(2)], dim=-1), windows, index)
+    action = proposal.units.normalize(windows.actions(index)[0]).double().numpy()
+    assert loss.item() == pytest.approx(np.mean(np.log(2) + ((action - 0.25) / 2) ** 2 / 2), rel=1e-5)
+
+
 def test_the_learning_rate_rises_and_falls_by_hand():
     args = Args(**SMALL, world_model_steps=1500, warmup_steps=500, world_model_lr=1e-4, final_lr=1e-5)
     rates = [script.scheduled_rate(args, step) for step in (1, 250, 500, 1000, 1500)]
