@@ -545,8 +545,9 @@ class Planner:
 
         candidates = torch.as_tensor(obs, device=self.device).repeat_interleave(count, dim=0)
         action, _, score = plan(self.model, candidates, noise)
-        best = score.view(-1, count).argmax(1)  # rank
-        return action.view(len(obs), count, *action.shape[1:])[torch.arange(len(obs)), best, 0].cpu().numpy()
+        first = torch.arange(0, len(score), count, device=self.device)  # candidate of each episode
+        best = first + score.view(-1, count).argmax(1)  # rank
+        return action[best, 0].cpu().numpy()
 
 
 # Adapted from baselines/decision_diffuser.py: another model
