@@ -92,7 +92,7 @@ def test_the_first_start_seed_is_the_runs_own_evaluation(module, made, tmp_path)
 
 def test_table1_tells_what_a_run_took_and_got(made, tmp_path):
     """A row for an actor whose synthetic set is kept, with one more seed; one for a planner, which makes none."""
-    folder, other, second = made("dawm_td3bc"), made("baselines.diffusion_mpc"), tmp_path / "second"
+    folder, other, second = made("dawm_td3bc"), made("baselines.decision_diffuser"), tmp_path / "second"
     shutil.copytree(folder, second)
     content = json.loads((folder / "args.json").read_text())
     content["args"]["seed"] = 1
@@ -110,7 +110,8 @@ def test_table1_tells_what_a_run_took_and_got(made, tmp_path):
         seconds, valid = json.loads(file.metadata()["manifest"])["seconds"], file.get_tensor("valid").sum()
     assert [row[2] for row in rows] == [f"{1e6 * seconds / int(valid):.3g}", "-"]
     assert [row[4] for row in rows] == ["0.1, 2.1", "-"] and all(float(row[1]) > 0 for row in rows)
-    assert [row[5].split(";")[0] for row in rows] == ["30, 40", "20, -"]
+    steps = [json.loads((x / "args.json").read_text())["args"]["world_model_steps"] for x in (folder, other)]
+    assert [row[5].split(";")[0] for row in rows] == [f"{steps[0]}, 40", f"{steps[1]}, -"]
 
 
 def test_start_seeds_are_blocks_of_episodes_in_the_physics_asked_for(made, tmp_path):
