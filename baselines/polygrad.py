@@ -391,6 +391,7 @@ def elu_mlp(in_dim: int, out_dim: int) -> nn.Sequential:
     return nn.Sequential(*hidden, nn.Linear(256, 256), nn.LayerNorm(256, eps=1e-3), nn.ELU(), nn.Linear(256, out_dim))
 
 
+# Adapted from baselines/diamond.py: one free standard deviation, no tanh around what is drawn
 class GaussianActor(nn.Module):
     """Policy: obs [..., obs_dim], dataset units -> its mean action [..., action_dim] in [-1, 1], what evaluation runs.
 
@@ -431,6 +432,7 @@ def advantages(reward, terminated, value, gamma: float, gae_lambda: float) -> to
     return torch.stack(found[::-1], dim=1)
 
 
+# Adapted from baselines/diamond.py: advantages in whole windows, a bounded step of the actor
 class ActorCritic(nn.Module):
     """Actor, critic and its slow copy, and the guidance scale e^log_guidance; `update` is one step of [PG].
 

@@ -44,6 +44,8 @@ TITLES = {
     "table4": "Table 4: DAWM beside SSORL and real data",
     "table5": "Table 5: an eighth of the rollouts (DAWM-T)",
     "table6": "Table 6: horizons",
+    "table1": "Table 1: every system, one budget",
+    "one_step": "Ours: a one-step model in the place of diffusion",
     "ours": "Ours: actions generated instead of inferred",
 }
 

@@ -85,8 +85,8 @@ GRIDS = {  # each table with its controls: cloning, real data, a world model tha
         ("table4", TASKS, "dawm_td3bc ssorl_td3bc iql dawm_iql ssorl_iql undertrained_iql"),
         ("table5", MEDIUM, "dawm_td3bc dawm_t"),
         ("table6", MEDIUM, "dawm_h1 dwm_h1 dawm_h3 dwm_h3 dawm_h7 dwm_h7"),
-        ("table1", MEDIUM, "dawm_td3bc dwm_td3bc dd diffuser diffusion_mpc pgd polygrad diamond synther one_step "
-                           "dwm_one_step"),
+        ("table1", MEDIUM, "dawm_td3bc dwm_td3bc dd diffuser diffusion_mpc pgd polygrad diamond synther one_step"),
+        ("one_step", MEDIUM, "dawm_td3bc one_step dwm_one_step"),
         ("ours", TASKS, "dawm_td3bc joint_td3bc"),
     )
 }
@@ -105,10 +105,14 @@ APART = {
         ("baselines.diffuser", "plan_horizon gamma termination_penalty unet_width unet_multipliers diffusion_steps",
          "its own network and value, which its guidance scales go with"),
         ("baselines.diffusion_mpc", "plan_horizon ema_decay termination_penalty", "its own networks and objective"),
-        ("baselines.polygrad", "agent_updates agent_batch_size eval_every", "an update imagines whole windows anew"),
+        ("baselines.polygrad", "agent_updates agent_batch_size eval_every entropy_weight",
+         "an update imagines whole windows anew"),
         ("baselines.polygrad", "diffusion_steps ema_decay", "its chain refines the actions too"),
-        ("baselines.synther", "mlp_width world_model_steps world_model_batch_size world_model_lr synthesis_batch_size",
-         "EDM's network, and its budget"),
+        ("baselines.synther", "mlp_width world_model_steps world_model_batch_size world_model_lr synthesis_batch_size "
+         "sampling_steps", "EDM's network, and its budget"),
+        ("baselines.diamond", "mlp_width world_model_steps world_model_batch_size world_model_lr sampling_steps "
+         "sigma_log_mean sigma_max gamma agent_updates agent_lr log_every eval_every",
+         "an actor-critic that pays for imagination"),
         ("baselines.policy_guided_diffusion", "unet_width world_model_steps world_model_batch_size world_model_lr "
          "sampling_steps synthesis_batch_size synthetic_fraction", "EDM's network and its budget, and a few real rows"),
     )

@@ -35,6 +35,11 @@ SCRIPTS = {
     "dawm_iql": TOY,
     "dwm_baseline": [*TOY_AGENT, *TOY_WORLD_MODEL],
     "baselines.decision_diffuser": [*TOY_PLANNER, *"--unet-width 8 --idm-width 16 --plan-horizon 8".split()],
+    "baselines.diamond": [
+        *TOY_AGENT,
+        *"--world-model-steps 30 --mlp-width 16 --reward-model-steps 20 --imagination-horizon 3".split(),
+        *"--imagined-rollouts 8 --kept-rollouts 40".split(),
+    ],
     "baselines.diffuser": [*TOY_PLANNER, *"--value-steps 20 --unet-width 16 --plans 2".split()],
     "baselines.diffusion_mpc": [
         *TOY_PLANNER,

@@ -25,6 +25,8 @@ IDM = "--idm-steps 120 --idm-width 16".split()
 AGENT = "--agent-updates 60 --eval-every 30 --eval-episodes 1".split()
 ROLLOUTS = "--synthesis-batch-size 32".split()
 ONLINE = "--synthesis online --agent-updates 24 --eval-every 12 --agent-batch-size 16".split()
+DIAMOND = "--world-model-steps 60 --mlp-width 16 --reward-model-steps 60 --imagination-horizon 3".split()
+DIAMOND += "--imagined-rollouts 8 --kept-rollouts 200".split()
 ONE_STEP = "--ensemble-width 16 --world-model-steps 60".split()
 POLYGRAD = "--denoiser-width 16 --world-model-steps 60 --agent-batch-size 16 --kept-windows 64".split()
 PGD = "--world-model-steps 60 --unet-width 16 --windows-per-set 40 --synthesis-batch-size 4 --refresh-every 25".split()
@@ -42,6 +44,7 @@ COMMANDS = {
         "baselines.decision_diffuser",
         [*UNET, "--idm-width", "16", "--plan-horizon", "8", "--eval-episodes", "1"],
     ),
+    "diamond": ("baselines.diamond", [*DIAMOND, *AGENT]),
     "diffuser": (
         "baselines.diffuser",
         "--unet-width 16 --world-model-steps 60 --value-steps 60 --plans 2 --eval-episodes 1".split(),
