@@ -107,7 +107,8 @@ APART = {
         ("baselines.diffusion_mpc", "plan_horizon ema_decay termination_penalty", "its own networks and objective"),
         ("baselines.polygrad", "agent_updates agent_batch_size eval_every entropy_weight",
          "an update imagines whole windows anew"),
-        ("baselines.polygrad", "diffusion_steps ema_decay", "its chain refines the actions too"),
+        ("baselines.polygrad", "diffusion_steps ema_decay world_model_steps world_model_batch_size world_model_lr",
+         "its chain refines the actions too"),
         ("baselines.synther", "mlp_width world_model_steps world_model_batch_size world_model_lr synthesis_batch_size "
          "sampling_steps", "EDM's network, and its budget"),
         ("baselines.diamond", "mlp_width world_model_steps world_model_batch_size world_model_lr sampling_steps "
