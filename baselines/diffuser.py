@@ -137,7 +137,8 @@ def fill_in(args: Args) -> None:
 
 # Adapted from dawm_td3bc.py: plans instead of rollouts, a value's network beside the denoiser
 def check_args(args: Args) -> None:
-    """UserError for values with which no run makes sense together, before anything is loaded."""
+    """UserError for values with which no run makes sense together, before anything is loaded; fills in the task's."""
+    fill_in(args)
     if args.guide_stop > args.diffusion_steps:
         raise UserError(f"--guide-stop {args.guide_stop} is above --diffusion-steps {args.diffusion_steps}")
     if args.unet_width % 8 or not args.unet_multipliers:
@@ -601,7 +602,6 @@ def evaluate_planner(args: Args, model: Diffuser, evaluator: Evaluator, run: Run
 
 def main(args: Args, run: Run | None = None) -> SimpleNamespace:
     """All parts that the method has, made, or found where `run` has finished before."""
-    fill_in(args)
     check_args(args)
     run = run or Run(args)
     dataset = load_dataset(args.env_id, args.data_path)

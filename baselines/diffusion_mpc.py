@@ -271,7 +271,7 @@ class TransformerBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class Transformer(nn.Module):
+class TokenTransformer(nn.Module):
     """Groups of tokens [B, L_i, dims[i]] -> [B, L, out_dim] at the tokens of the last group.
 
     Each group has a projection of its own, and a place in time: `starts[i]` is the step of its first token. With `k`
@@ -347,7 +347,7 @@ class Dynamics(nn.Module):
         self.register_buffer("obs_range", torch.stack([windows.obs.amin(0), windows.obs.amax(0)]))
         self.register_buffer("alpha_bar", cosine_alpha_bar(args.dynamics_diffusion_steps).float())
         obs_dim, action_dim = windows.obs.shape[1], windows.action.shape[1]
-        net = Transformer(args, dims=[obs_dim, action_dim, obs_dim], starts=[0, 0, 1], out_dim=obs_dim)
+        net = TokenTransformer(args, dims=[obs_dim, action_dim, obs_dim], starts=[0, 0, 1], out_dim=obs_dim)
         self.net = fast.on_cpu(net, args.compile)
 
     def loss(self, net: nn.Module, windows: Windows, index: torch.Tensor) -> torch.Tensor:
@@ -431,7 +431,7 @@ class Proposal(nn.Module):
         self.obs_units, self.units = Normalizer(windows.obs), Normalizer(windows.action)
         self.register_buffer("alpha_bar", cosine_alpha_bar(args.proposal_diffusion_steps).float())
         out_dim = self.action_dim * (2 if args.proposal == "gaussian" else 1)
-        self.net = fast.on_cpu(Transformer(args, [obs_dim, self.action_dim], [0, 0], out_dim), args.compile)
+        self.net = fast.on_cpu(TokenTransformer(args, [obs_dim, self.action_dim], [0, 0], out_dim), args.compile)
 
     def gaussian(self, net: nn.Module, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log of the standard deviation, both [B, F, action_dim], from obs [B, 1, obs_dim], normalised."""
@@ -502,7 +502,7 @@ class Objective(nn.Module):
         super().__init__()
         self.obs_units, self.action_units = Normalizer(windows.obs), Normalizer(windows.action)
         dims = [windows.obs.shape[1], windows.action.shape[1], 1]
-        self.net = fast.on_cpu(Transformer(args, dims, starts=[0, 0, 0], out_dim=1), args.compile)
+        self.net = fast.on_cpu(TokenTransformer(args, dims, starts=[0, 0, 0], out_dim=1), args.compile)
 
     def value(self, net: nn.Module, states: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         states, action = self.obs_units.normalize(states), self.action_units.normalize(action)

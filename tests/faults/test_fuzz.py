@@ -112,7 +112,7 @@ def test_arguments(monkeypatch, trials, told):
     count, passed = trials(60, 600), []
 
     @settings(max_examples=count, **CHECKS)
-    @given(st.sampled_from(SCRIPTS), st.data())
+    @given(st.sampled_from(list(SCRIPTS)), st.data())
     def fuzz(name, data):
         script = importlib.import_module(name)
         fields = [field.name for field in dataclasses.fields(script.Args)]
