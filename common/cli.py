@@ -84,7 +84,7 @@ def check_ranges(args) -> None:
         value = getattr(args, name)
         numbers = [x for x in (value if isinstance(value, tuple) else [value]) if type(x) in (int, float)]
         for part in (hint, *typing.get_args(hint)):
-            for low, high in getattr(part, "__metadata__", ()):
+            for low, high in (x for x in getattr(part, "__metadata__", ()) if isinstance(x, tuple)):  # not tyro's marks
                 for number in numbers:
                     if not low <= number <= high:
                         limit = f"must be {low} or more" if high == math.inf else f"lies outside [{low}, {high}]"

@@ -181,6 +181,10 @@ def scores(cells: dict[str, list[Row]], tasks) -> list[np.ndarray]:
     return [np.array([row.score for row in cells[task]]) for task in tasks]
 
 
+def runs_in(cells: dict[str, dict[str, list[Row]]]) -> list[Row]:
+    return [row for tasks in cells.values() for some in tasks.values() for row in some]
+
+
 def told(values, most: int = 0) -> str:
     """Mean ± standard deviation, and how many where that is not `most`."""
     spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
@@ -231,9 +235,10 @@ def resolution(cells: dict[str, dict[str, list[Row]]]) -> str:
     for task in tasks:
         cloning, *real = (scores(cells[name], [task])[0] for name in ("cloning", *controls))
         best = max(real, key=np.mean)
-        room, spread = best.mean() - cloning.mean(), math.sqrt((best.var(ddof=1) + cloning.var(ddof=1)) / 2)
-        own = cells["cloning"][task][0].own
-        row = [short(task), f"{own:.1f}", told(cloning), *map(told, real), f"{room:.1f}", f"{room / spread:.1f}"]
+        room, own, in_sd = best.mean() - cloning.mean(), cells["cloning"][task][0].own, "-"
+        if min(len(best), len(cloning)) > 1:
+            in_sd = f"{room / math.sqrt((best.var(ddof=1) + cloning.var(ddof=1)) / 2):.1f}"
+        row = [short(task), f"{own:.1f}", told(cloning), *map(told, real), f"{room:.1f}", in_sd]
         lines.append(row)
     text = markdown(
         ["task", "the data's mean", "cloning", *(f"{c}, real data" for c in controls), "headroom", "in sd"], lines
@@ -265,7 +270,8 @@ def section(table: str, rows: list[Row], paper: bool) -> str:
     cells = cells_of(table, rows, paper)
     present = {learner: some for learner, some in cells.items() if some}
     title, picture = TITLES[table], f"study_{table}{'_paper' * paper}"
-    if not present or (table != "first" and present.keys() <= GRIDS["first"].keys()):
+    used, firsts = runs_in(cells), [] if table == "first" else runs_in(cells_of("first", rows, paper))
+    if all(row in firsts for row in used):
         return "" if paper else f"### {title}\n\nNone of its own runs is in yet.\n"
     most = max(len(some) for tasks in present.values() for some in tasks.values())
     tasks = [task for task in TASKS if any(task in some for some in present.values())]
@@ -280,7 +286,6 @@ def section(table: str, rows: list[Row], paper: bool) -> str:
         lines.append([f"`{learner}`", *numbers, mean, better])
     over = f"interquartile mean, {len(shared)} task{'s' * (len(shared) != 1)}"
     head = ["learner", *map(short, tasks), over, "P(DAWM better)"]
-    used = [row for tasks in present.values() for some in tasks.values() for row in some]
     revisions = ", ".join(f"{name} ({count} runs)" for name, count in Counter(r.revision for r in used).items())
     command = f"python experiments/study.py {'paper' if paper else table} --seeds {most}"
     text = f"### {title}{' (paper scale)' * paper}\n\n"
@@ -290,7 +295,7 @@ def section(table: str, rows: list[Row], paper: bool) -> str:
     if any(missing.values()):
         text += wrapped("Missing: " + ", ".join(f"{n} runs of `{x}`" for x, n in missing.items() if n) + ".")
     ruined, trained = present.get("undertrained_td3bc", {}), present.get("dawm_td3bc", {})
-    if both := [task for task in ruined if task in trained]:
+    if (both := [task for task in ruined if task in trained]) and most > 1:
         chance = improvement(scores(trained, both), scores(ruined, both))
         verdict = "scores more often above" if chance[1] > 0.5 else "does no better than"
         text += wrapped(

@@ -121,6 +121,16 @@ def test_the_page_of_made_up_runs(places):
     assert report.PAGE.read_text() == written
 
 
+def test_one_seed_decides_nothing(places, monkeypatch):
+    report.write(rows_of("first", ["hopper-medium"], seeds=1))
+    monkeypatch.setattr(sys, "argv", ["report.py"])
+    report.run_script(report.main, report.Args, {})  # as from the command line
+    text = report.PAGE.read_text()
+    assert "| hopper m | 30.0 | 39.0 | 49.0 | 10.0 | - |" in text and "a spread needs two seeds or more" in text
+    assert "of 300 updates, as far as" not in text and "nan" not in text
+    assert text.count("None of its own runs is in yet") == len(report.TITLES) - 1
+
+
 def test_runs_at_paper_scale_have_tables_of_their_own(places):
     report.write(rows_of("first", ["hopper-medium"], seeds=1, paper=True))
     report.main(report.Args())
