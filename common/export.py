@@ -91,9 +91,10 @@ def main(args: Args) -> None:
     print(f"{place / name}: {len(columns['rewards']):,} rows in {len(lengths):,} rollouts, sha256 {sha256_of(file)}")
     steps = int(lengths.max())
     how = f"--env-id {args.minari or f'{dataset.robot}-medium-v2 --data-path {args.hdf5}'}"
-    short = f" --horizon {steps - 1} --model-horizon {steps - 1}" if steps < 8 else ""
+    short = f" --horizon {steps - 1} --model-horizon {steps - 1}" if 1 < steps < 8 else ""
+    alone = ", or --synthetic-fraction 0 for the agent alone" if steps > 1 else " --synthetic-fraction 0"
     if args.minari or dataset.robot:
-        print(f"read back: python dawm_td3bc.py {how}{short}, or --synthetic-fraction 0 for the agent alone")
+        print(f"read back: python dawm_td3bc.py {how}{short}{alone}")
 
 
 def minari_target(minari_id: str) -> tuple[Path, str]:

@@ -7,6 +7,7 @@ Every row keeps its state and action. Of next state, reward and end, those that 
 by what the simulator does from there; the last line is the run's real data. Half an hour a line for 80,000 updates.
 """
 
+import inspect
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common import UserError
 from common.cli import Count, Seed, parse_args, tell
 from common.evaluation import Stepper, score_report
 from common.run import Run
@@ -36,7 +38,7 @@ REPLACED = {  # the run's name: columns of a row that the simulator gives
 @tyro.conf.configure(tyro.conf.PositionalRequiredArgs)
 @dataclass
 class Args:
-    run: Path = tyro.MISSING  # folder of a finished run of dawm_td3bc.py or variants/joint_td3bc.py
+    run: Path = tyro.MISSING  # folder of a finished run of dawm_td3bc.py, say, that keeps its rollouts
     lines: tuple[Literal[*REPLACED], ...] = tuple(REPLACED)  # of the table
     updates: Count = 80_000  # of the agent
     seeds: tuple[Seed, ...] = (0, 1, 2)  # of the agent
@@ -62,6 +64,10 @@ def true_rows(parts) -> torch.Tensor:
 
 def main(options: Args) -> None:
     parts = load_rollouts(options.run)
+    train_agent = parts.script.train_agent
+    if not hasattr(parts.args, "synthetic_fraction") or "rollouts" not in inspect.signature(train_agent).parameters:
+        raise UserError(f"{options.run} is of {parts.script.__name__}, whose agent does not learn from a kept set and "
+                        "from real data alike; give a run of dawm_td3bc.py, say")  # fmt: skip
     sizes = parts.script.row_sizes(parts.dataset.obs.shape[1], parts.dataset.action.shape[1])
     columns = dict(zip(("obs", "action", "reward", "next_obs", "terminated"), np.cumsum([0, *sizes]), strict=False))
     true = true_rows(parts)
@@ -79,7 +85,9 @@ def main(options: Args) -> None:
             run.open(parts.dataset, parts.evaluator)
             rollouts = {"rows": rows, "valid": parts.rollouts["valid"]}
             run.fingerprints["synthesize"] = f"{parts.run.fingerprints['synthesize']} {line}"
-            parts.script.train_agent(args, parts.dataset, rollouts, None, parts.evaluator, run)
+            given = dict(args=args, dataset=parts.dataset, rollouts=rollouts, complete=None)
+            given |= dict(evaluator=parts.evaluator, run=run)
+            train_agent(**{name: given[name] for name in inspect.signature(train_agent).parameters})
             run.finish(score_report(parts.dataset, run.history["eval/episodic_return"], parts.evaluator))
 
 
