@@ -1,4 +1,4 @@
-# make demo   install, make the local Hopper data, run DAWM-TD3BC at laptop scale, print the score
+# make demo   install, make the local Hopper data, run DAWM-TD3BC with half of the laptop's updates, print the score
 # make test   install, lint, test
 # make test-faults  kills, damage and full disks, as often as docs/reliability.md states; half an hour
 # make walkthrough  make and execute docs/walkthrough.ipynb; two minutes
@@ -12,7 +12,8 @@ BIN := $(VENV)/bin
 .PHONY: demo test test-faults walkthrough peers clean
 
 demo: $(VENV)/.run-installed
-	$(BIN)/python dawm_td3bc.py --env-id local/hopper/medium-v0 --laptop
+	$(BIN)/python dawm_td3bc.py --env-id local/hopper/medium-v0 --laptop --world-model-steps 5000 \
+		--agent-updates 25000 --eval-every 2500 --bc-alpha 1
 
 test: $(VENV)/.dev-installed
 	$(BIN)/ruff check .
