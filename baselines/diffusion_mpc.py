@@ -352,9 +352,13 @@ class Dynamics(nn.Module):
 
     def loss(self, net: nn.Module, windows: Windows, index: torch.Tensor) -> torch.Tensor:
         action, _ = windows.actions(index)
-        obs = self.obs_units.normalize(windows.obs[windows.start[index]])[:, None]
-        action = self.action_units.normalize(action[:, : self.length])
-        change = self.units.normalize(windows.change[windows.rows(index)[:, : self.length]])
+        # One step: any of the window's, also behind a fall, from which a candidate may have to go on.
+        first = torch.randint(action.shape[1] - self.length + 1, (len(index), 1), device=index.device)
+        steps = first + torch.arange(self.length, device=index.device)
+        rows = windows.rows(index).gather(1, steps)
+        obs = self.obs_units.normalize(windows.obs[rows[:, :1]])
+        action = self.action_units.normalize(action.gather(1, steps[..., None].expand(-1, -1, action.shape[2])))
+        change = self.units.normalize(windows.change[rows])
         return diffusion_loss(self.args, self.alpha_bar, net, (obs, action), change)
 
     def sample(self, obs: torch.Tensor, action: torch.Tensor, noise) -> torch.Tensor:

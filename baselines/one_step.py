@@ -307,15 +307,19 @@ def world_model_split(args: Args, windows: Windows) -> tuple[torch.Tensor, torch
     return train, held_out
 
 
+PARTS = {"loss": "dynamics", "end_loss": "end", "cloning_loss": "behaviour"}  # each loss, and whose it is
+
+
 # Adapted from dawm_td3bc.py: three likelihoods, and the weights that were best on held-out episodes
 def train_world_model(args: Args, windows: Windows, run: Run) -> WorldModel:
     """Maximum likelihood of what real steps bring and of real actions; each member sees batches of its own [MOPO code].
 
-    [unspecified] Returns the weights that were best on held-out episodes: a likelihood overfits, a variance first.
+    [unspecified] Returns the weights of each part that were best on held-out episodes: a likelihood overfits, a
+    variance first.
     """
     run.seed("world_model", args.world_model_seed)
     world_model = WorldModel(args, windows).to(run.device)
-    best, best_loss = copy.deepcopy(world_model), {"value": math.inf}
+    best, best_loss = copy.deepcopy(world_model), dict.fromkeys(PARTS, math.inf)
     optimizer = torch.optim.Adam(world_model.parameters(), lr=args.world_model_lr, fused=True)
     train, held_out = world_model_split(args, windows)
     if len(held_out):
@@ -335,10 +339,10 @@ def train_world_model(args: Args, windows: Windows, run: Run) -> WorldModel:
                     with torch.no_grad():
                         losses = world_model.losses(windows, held_out.expand(args.ensemble_size, -1))
                     run.log(step, {f"world_model/val_{name}": loss for name, loss in losses.items()})
-                total = float(sum(losses.values()))
-                if total < best_loss["value"]:
-                    best_loss["value"] = total
-                    best.load_state_dict(world_model.state_dict())
+                for name, part in PARTS.items():
+                    if float(losses[name]) < best_loss[name]:
+                        best_loss[name] = float(losses[name])
+                        getattr(best, part).load_state_dict(getattr(world_model, part).state_dict())
     return best
 
 

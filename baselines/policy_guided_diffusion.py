@@ -128,6 +128,12 @@ def check_args(args: Args) -> None:
         raise UserError(f"--sigma-min {args.sigma_min} must lie below --sigma-max {args.sigma_max}")
     if args.unet_width % 8:
         raise UserError(f"--unet-width {args.unet_width} must be 16, 24, ...: its norms have 8 groups")
+    if args.policy_guidance and (args.agent_updates <= args.refresh_every or args.sampling_steps == 1):
+        raise UserError(
+            f"no set would be guided: the first one is drawn behind --refresh-every {args.refresh_every} of "
+            f"--agent-updates {args.agent_updates}, and the last of --sampling-steps {args.sampling_steps} is never "
+            "guided; lower or raise them, or give --policy-guidance 0"
+        )
     shortest = 2 ** (args.unet_levels - 1)
     if args.window_length < shortest:
         raise UserError(
@@ -185,7 +191,7 @@ class Windows:
         fits = rows <= latest[episode]
         if not fits.any():
             raise UserError(
-                f"--window-length {args.window_length} needs {args.window_length} steps in a row before a time limit, "
+                f"--window-length {args.window_length} needs {args.window_length + 1} steps in a row where none falls, "
                 f"but the longest episode has {dataset.lengths.max()}; lower it"
             )
         starts = np.zeros(len(rows), bool)

@@ -75,7 +75,7 @@ class Args(RunArgs):
 
     # ---- Agent
     agent_updates: Count = 250_000  # of actor and critic, one for each four of the denoiser's [PG code]
-    agent_batch_size: Count = 1024  # windows imagined for an update [PG code]
+    agent_batch_size: Annotated[int, (2, math.inf)] = 1024  # windows imagined for an update [PG code]
     actor_lr: Rate = 3e-5  # AdamW's rate, the largest that is taken [PG code]
     actor_step: Annotated[float, (1e-6, 10)] = 0.01  # mean |change of log pi| of an update, at most [PG code]
     critic_lr: Rate = 3e-4  # AdamW's rate [PG code]

@@ -35,7 +35,7 @@ GRACE = 4  # seconds from a signal to the end, unless a checkpoint is being writ
 class RunArgs:
     env_id: str = "hopper-medium-v2"  # D4RL name, local/ROBOT/QUALITY-v0 (made here), or any Minari id
     data_path: Path | None = None  # a file in D4RL's HDF5 layout to read instead of the published one
-    laptop: bool = False  # defaults for two CPU cores and ten minutes instead of the paper's; any flag given still wins
+    laptop: bool = False  # defaults for two CPU cores and half an hour, not the paper's; any flag given still wins
     seed: Seed = 0  # seed of the agent; the generative stages have their own
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU if there is one
     threads: Annotated[int, (0, 1024)] = 0  # CPU threads of torch, 0: its own choice; last digits depend on it
