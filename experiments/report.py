@@ -253,7 +253,7 @@ def resolution(cells: dict[str, dict[str, list[Row]]]) -> str:
     enough = next((n for n in range(2, 1000) if detectable(variances, n) <= gain * mean), None)
     found = detectable(variances, seeds)
     return f"{text}\n" + wrapped(
-        f"Resolution: by the spread of {controls[0]} on real data, {seeds} seeds on {len(tasks)} tasks detect a "
+        f"Resolution: by the spread of {controls[0]} on real data, {seeds} seeds on {len(tasks)} task{'s' * (len(tasks) > 1)} detect a "
         f"difference of {found:.1f} ({100 * found / mean:.1f} % of its mean score, {mean:.1f}) with 80 % power at the "
         f"5 % level; the paper's {100 * gain:.0f} % takes {enough or 'more than 1,000'} seeds. All seeds of a learner "
         "share one world model, whose own luck is not in this."
@@ -295,7 +295,8 @@ def section(table: str, rows: list[Row], paper: bool) -> str:
     if any(missing.values()):
         text += wrapped("Missing: " + ", ".join(f"{n} runs of `{x}`" for x, n in missing.items() if n) + ".")
     ruined, trained = present.get("undertrained_td3bc", {}), present.get("dawm_td3bc", {})
-    if (both := [task for task in ruined if task in trained]) and most > 1:
+    both = [task for task in ruined if task in trained]
+    if both and min(len(some[task]) for some in (ruined, trained) for task in both) > 1:
         chance = improvement(scores(trained, both), scores(ruined, both))
         verdict = "scores more often above" if chance[1] > 0.5 else "does no better than"
         text += wrapped(
@@ -352,7 +353,7 @@ def draw(present: dict, tasks: list[str], shared: list[str], path: Path) -> None
         at = np.linspace(0, max(100, values.max()), 400)
         axis.plot(at, survival.evaluate(at), "-" if "dawm" in learner else "--", color=colors[learner], label=learner)
     axis.set_xlabel("score x", fontsize=9)
-    axis.set_title(f"share of runs that score above x, {len(shared)} tasks", fontsize=9)
+    axis.set_title(f"share of runs that score above x, {len(shared)} task{'s' * (len(shared) > 1)}", fontsize=9)
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
     figure.supxlabel(
