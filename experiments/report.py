@@ -251,9 +251,9 @@ def resolution(cells: dict[str, dict[str, list[Row]]]) -> str:
     variances = [x.var(ddof=1) for x in samples]
     gain = gain_of_the_paper()
     enough = next((n for n in range(2, 1000) if detectable(variances, n) <= gain * mean), None)
-    found = detectable(variances, seeds)
+    found, on = detectable(variances, seeds), f"{len(tasks)} task{'s' * (len(tasks) > 1)}"
     return f"{text}\n" + wrapped(
-        f"Resolution: by the spread of {controls[0]} on real data, {seeds} seeds on {len(tasks)} task{'s' * (len(tasks) > 1)} detect a "
+        f"Resolution: by the spread of {controls[0]} on real data, {seeds} seeds on {on} detect a "
         f"difference of {found:.1f} ({100 * found / mean:.1f} % of its mean score, {mean:.1f}) with 80 % power at the "
         f"5 % level; the paper's {100 * gain:.0f} % takes {enough or 'more than 1,000'} seeds. All seeds of a learner "
         "share one world model, whose own luck is not in this."
