@@ -36,6 +36,15 @@ def make_model(dataset=None, **changes):
     return args, windows, script.Diffuser(args, windows).double().eval()
 
 
+def test_other_data_get_the_values_of_the_task_that_they_are_most_like():
+    for env_id, kind in (("local/halfcheetah/medium-v0", script.HALFCHEETAH), ("own/pendulum-v0", script.HOPPER)):
+        args = Args(env_id=env_id)
+        script.fill_in(args)
+        assert (args.plan_horizon, args.unet_multipliers, args.guide_stop) == (*kind[:2], kind[3])
+        assert args.guide_scale is None
+    assert script.GUIDE_SCALES[script.usual(Args(env_id="mujoco/HalfCheetah/medium-v0"))] == 0.4
+
+
 @pytest.mark.parametrize("terminated", [True, False])
 def test_windows_against_a_plain_loop(terminated):
     """Window i starts at real pair i; after a fall it repeats the last state with action 0, and the fall costs 3."""
@@ -196,6 +205,7 @@ def test_a_finished_run_is_loaded_in_another_process(finished, tmp_path):
             "--laptop --unet-width 8",
             "--unet-width 8 times the last of --unet-multipliers, 16, must be a multiple of 32",
         ),
+        ("--laptop --unet-multipliers 1 --plans 1", "a batch of one needs 64 channels or more at the last level"),
         ("--plans 0", "--plans 0 must be 1 or more"),
     ],
 )

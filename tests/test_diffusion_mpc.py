@@ -110,6 +110,16 @@ class ActionIsChange(nn.Module):
         return action
 
 
+def test_one_step_dynamics_also_learn_what_follows_a_fall(monkeypatch):
+    """A fallen state stays: such steps, whose change is 0, are among those that it learns."""
+    windows, seen = make_windows(linear_dataset(terminated=True)), []
+    model = script.Dynamics(Args(**SMALL, dynamics="one_step"), windows)
+    monkeypatch.setattr(script, "diffusion_loss", lambda *given: seen.append(model.units.denormalize(given[-1])))
+    model.loss(model.net, windows, torch.arange(len(windows.start)))
+    stays = (seen[0].abs() < 1e-6).all(2)
+    assert seen[0].shape[1] == 1 and stays.any() and not stays.all()
+
+
 def test_one_step_dynamics_go_on_from_the_state_before():
     """In units of the data, states are sums of actions, one call of the network for each of the four."""
     args = Args(**SMALL, dynamics="one_step", dynamics_diffusion_steps=1, prediction="x0")

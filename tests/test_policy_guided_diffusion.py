@@ -174,6 +174,8 @@ def test_a_finished_run_is_loaded_in_another_process(finished, tmp_path):
         ("--window-length 3", "--window-length 3 is below 4, which a U-Net of --unet-levels 3 halves to 1"),
         ("--unet-width 20", "--unet-width 20 must be 16, 24, ...: its norms have 8 groups"),
         ("--sigma-min 90", "--sigma-min 90.0 must lie below --sigma-max 80.0"),
+        ("--agent-updates 5000", "no set would be guided: the first one is drawn behind --refresh-every 10000"),
+        ("--sampling-steps 1", "the last of --sampling-steps 1 is never guided"),
         ("--synthetic-fraction 0", "--synthetic-fraction 0.0 lies outside [0.01, 1]"),
     ],
 )

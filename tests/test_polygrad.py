@@ -163,6 +163,7 @@ def test_it_reaches_a_score_and_is_found_again(options, toy, tmp_path):
     "arguments, message",
     [
         (["--window", "1"], "--window 1 must be 2 or more"),
+        (["--agent-batch-size", "1"], "--agent-batch-size 1 must be 2 or more"),
         (["--initial-std", "0.1"], "--initial-std 0.1 lies outside [0.11, 10]"),
     ],
 )
