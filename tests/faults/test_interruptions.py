@@ -292,7 +292,9 @@ def test_eight_processes_make_one_result(tmp_path, trials, told):
 
 def test_a_maker_that_dies_frees_the_others(tmp_path):
     both = [child(make, tmp_path, log=tmp_path / name) for name in "ab"]
-    wait_for(lambda: "waiting for it" in text_of(tmp_path / "a") + text_of(tmp_path / "b"))
+    wait_for(
+        lambda: text_of(tmp_path / "makers") and "waiting for it" in text_of(tmp_path / "a") + text_of(tmp_path / "b")
+    )
     dies, other = sorted(both, key=lambda process: str(process.pid) not in text_of(tmp_path / "makers").split())
     dies.kill()
     (tmp_path / "go").touch()
