@@ -36,7 +36,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Annotated, Literal
 
-from common import UserError
+from common import UserError, fast
 from common.cli import Amount, Count, Rate, RunArgs, Seed, Share, run_script
 from common.data import OfflineDataset, load_dataset
 from common.evaluation import Evaluator, evaluate, score_report
@@ -241,9 +241,10 @@ class WorldModel(nn.Module):
         self.register_buffer("obs_range", torch.stack([windows.obs.amin(0), windows.obs.amax(0)]))
         self.units = Normalizer(windows.tokens[windows.start])
         self.action_units = Normalizer(windows.action)
-        self.dynamics = GaussianEnsemble(args, self.obs_dim + action_dim, self.obs_dim + 1)
-        self.end = Networks(args.ensemble_size, [self.obs_dim + action_dim, args.ensemble_width, 1])
-        self.behaviour = GaussianEnsemble(args, self.obs_dim, action_dim)
+        dynamics = GaussianEnsemble(args, self.obs_dim + action_dim, self.obs_dim + 1)
+        end = Networks(args.ensemble_size, [self.obs_dim + action_dim, args.ensemble_width, 1])
+        behaviour = GaussianEnsemble(args, self.obs_dim, action_dim)
+        self.dynamics, self.end, self.behaviour = (fast.on_cpu(x, args.compile) for x in (dynamics, end, behaviour))
 
     def pair(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         """State and action as the networks take them [..., obs_dim + action_dim]."""

@@ -64,6 +64,25 @@ def learned():
     return args, windows, script.train_world_model(args, windows, Training())
 
 
+def test_each_part_keeps_the_weights_that_were_best_for_it(monkeypatch):
+    """Held-out losses that are best at the first, the second and the third of three looks."""
+    told, seen, losses = iter(([1, 2, 3], [2, 1, 2], [3, 3, 1])), [], script.WorldModel.losses
+
+    def looked(world_model, *given):
+        if torch.is_grad_enabled():
+            return losses(world_model, *given)
+        seen.append({name: value.clone() for name, value in world_model.state_dict().items()})
+        return dict(zip(script.PARTS, map(torch.tensor, next(told)), strict=True))
+
+    monkeypatch.setattr(script.WorldModel, "losses", looked)
+    args = Args(world_model_steps=6, log_every=2, world_model_lr=1e-2, ensemble_width=8, world_model_batch_size=8)
+    best = script.train_world_model(args, Windows(linear_dataset(), CPU), Training()).state_dict()
+    for part, at in zip(script.PARTS.values(), seen, strict=True):
+        names = [name for name in best if name.startswith(f"{part}.")]
+        assert all(torch.equal(best[name], at[name]) for name in names)
+        assert all(not torch.equal(best[name], x[name]) for name in names for x in seen if x is not at)
+
+
 def test_rollouts_obey_the_linear_system(learned):
     """Whoever acts. Errors of single steps, where an action moves the state by 0.15 on average."""
     args, windows, world_model = learned
