@@ -59,7 +59,7 @@ def make_env(simulator: str | EnvSpec, physics: str = "stock", **kwargs) -> gym.
     if physics == "d4rl" and not (spec and robot_of(spec) and spec.version == 4):
         name = spec.id if spec else simulator
         raise UserError(f"--physics d4rl restores Hopper, Walker2d and HalfCheetah -v4, not {name}; use stock")
-    with _quiet():
+    with quiet():
         try:
             env = gym.make(simulator, disable_env_checker=True, **kwargs)
         except Exception as error:  # an environment's own code may raise anything
@@ -71,7 +71,7 @@ def make_env(simulator: str | EnvSpec, physics: str = "stock", **kwargs) -> gym.
 
 
 @contextmanager
-def _quiet():
+def quiet():
     """No notes that -v5 exists (-v4 is what matches D4RL), nor MuJoCo notes on HalfCheetah, nor a file of them."""
     handler = mujoco.get_mju_user_warning()
     mujoco.set_mju_user_warning(lambda message: None)
@@ -148,7 +148,7 @@ def fall_rule(env: gym.Env) -> tuple[np.ndarray, np.ndarray] | None:
     if name in ENDLESS or not given.get("terminate_when_unhealthy", True):
         theirs = [x for x in env.spec.additional_wrappers if not x.entry_point.startswith("gymnasium.wrappers.")]
         return None if theirs else (low, -low)  # a wrapper may end episodes of its own
-    with _quiet():
+    with quiet():
         shown, own = env.reset(seed=0)[0], robot.reset(seed=0)[0]
     if name not in HEIGHT or np.shape(shown) != np.shape(own) or not np.allclose(shown, own, rtol=1e-5):
         return None
@@ -275,7 +275,7 @@ class Stepper:
         env, next_obs = self.env, np.empty(obs.shape)
         reward, terminated = np.empty(len(obs)), np.empty(len(obs), bool)
         action = to_box(action, self.dataset.action_low, self.dataset.action_high)
-        with _quiet():
+        with quiet():
             for i in range(len(obs)):
                 mujoco.mj_resetData(env.model, env.data)
                 state = np.concatenate([np.zeros(self.hidden), obs[i]])  # the place along the track is free

@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import UserError
 from common.cli import tell
 from common.data import LOCAL_RECIPE, minari_root
-from common.evaluation import REFERENCE_RETURNS, make_env
+from common.evaluation import REFERENCE_RETURNS, make_env, quiet
 from common.export import minari_writes_to
 from common.files import locked, sha256_of, sync
 from local_datasets.train_behavior import BEHAVIOR_DIR, POLICY_FORMAT, SIMULATOR, Actor, as_policy, read_sums
@@ -191,7 +191,7 @@ def make(args: Args, recipe: dict, policies: list[Policy], folder: Path, work: P
     env = make_env(SIMULATOR[robot], "d4rl")
     with tqdm(total=args.steps, desc=args.env_id, unit="step", disable=None) as progress:
         buffers = roll_out(policies, env, args.steps, args.seed, progress)
-    with minari_writes_to(work):
+    with minari_writes_to(work), quiet():  # Minari makes the environment anew
         minari.create_dataset_from_buffers(
             args.env_id,
             buffers,
