@@ -49,6 +49,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TASKS = [f"{robot}-{data}" for robot in ("hopper", "walker2d", "halfcheetah")
          for data in ("medium", "medium-replay", "medium-expert")]  # fmt: skip
 MEDIUM = [task for task in TASKS if task.endswith("medium")]  # of the paper's tables 5 and 6
+REPLAY = ["walker2d-medium-replay", "halfcheetah-medium-replay"]  # where a learner can do more than clone
 
 # Name, script and the flags by which it differs from the others: a table names them, and nothing else may differ.
 LEARNERS = {
@@ -85,7 +86,7 @@ GRIDS = {  # each table with its controls: cloning, real data, a world model tha
         ("table4", TASKS, "dawm_td3bc ssorl_td3bc iql dawm_iql ssorl_iql undertrained_iql"),
         ("table5", MEDIUM, "dawm_td3bc dawm_t"),
         ("table6", MEDIUM, "dawm_h1 dwm_h1 dawm_h3 dwm_h3 dawm_h7 dwm_h7"),
-        ("table1", MEDIUM, "dawm_td3bc dwm_td3bc dd diffuser diffusion_mpc pgd polygrad diamond synther one_step"),
+        ("table1", REPLAY, "dawm_td3bc dwm_td3bc dd diffuser diffusion_mpc pgd polygrad diamond synther one_step"),
         ("one_step", MEDIUM, "dawm_td3bc one_step dwm_one_step"),
         ("ours", TASKS, "dawm_td3bc joint_td3bc"),
     )

@@ -1,6 +1,6 @@
 """The measured columns of docs/table1.md, from finished runs, as Markdown.
 
-    python experiments/table1.py runs/study/*__*medium-v0__*    # any number of run folders, of any scripts here
+    python experiments/table1.py runs/study/*medium-replay-v0__*    # any number of run folders, of any scripts here
 
 Runs that differ in nothing but the agent's seed and the data set form one row, named by --exp-name:
 
