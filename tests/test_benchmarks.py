@@ -1,4 +1,4 @@
-"""benchmarks/inference.py and checkpoints.py, experiments/table.py and true_dynamics.py: what they compute, by hand."""
+"""Small commands of benchmarks/ and experiments/: what they compute, by hand."""
 
 import json
 import sys
@@ -10,12 +10,13 @@ from common.evaluation import make_env
 import numpy as np
 import pytest
 import torch
-from toy import ROOT, TOY, hopper_run
+from toy import ROOT, TOY, hopper_run, metrics
 
 sys.path.insert(0, str(ROOT / "experiments"))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import inference
 import table
+import training_time
 import true_dynamics
 
 
@@ -92,3 +93,24 @@ def test_columns_are_replaced_by_what_the_simulator_does(toy, tmp_path):
     lines = ("all_true", "real_data")
     true_dynamics.main(true_dynamics.Args(run=folder, lines=lines, updates=20, seeds=(0,), out=tmp_path))
     assert sorted(x.name.split("__")[1] for x in tmp_path.iterdir()) == list(lines)
+
+
+def test_a_look_on_the_way_is_what_a_shorter_training_gets(toy, tmp_path):
+    """The run's own model had 30 updates; the one that is looked at had 30 of 40."""
+    hopper_run("dawm_td3bc", toy, *TOY, "--horizon", "3", "--exp-name", "looked-at")
+    folder = next((toy / "runs").glob("*__looked-at__*"))
+    options = training_time.Args(runs=(folder,), updates=40, every=10, pairs=100, out=tmp_path)
+    training_time.main(options)
+    (made,) = tmp_path.glob("*__looked-at__*")
+    looks = {look["step"]: look for look in metrics(made) if "audit/first_median" in look}
+    assert sorted(looks) == [10, 20, 30, 40]
+    parts = true_dynamics.load_rollouts(folder)
+    watched = training_time.Watched.__new__(training_time.Watched)
+    watched.look_with(options, parts)
+    watched.world_model = parts.world_model
+    torch.manual_seed(0)
+    assert watched.errors().items() <= looks[30].items()
+    training_time.main(training_time.Args(runs=(made,), plot=True, out=tmp_path))
+    assert (tmp_path / "training_time.png").stat().st_size > 5000
+    with pytest.raises(UserError, match="2 runs given"):
+        training_time.main(training_time.Args(runs=(made, made)))
