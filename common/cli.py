@@ -35,12 +35,12 @@ GRACE = 4  # seconds from a signal to the end, unless a checkpoint is being writ
 class RunArgs:
     env_id: str = "hopper-medium-v2"  # D4RL name, local/ROBOT/QUALITY-v0 (made here), or any Minari id
     data_path: Path | None = None  # a file in D4RL's HDF5 layout to read instead of the published one
-    laptop: bool = False  # defaults for two CPU cores and half an hour, not the paper's; any flag given still wins
+    laptop: bool = False  # defaults for two CPU cores and an hour, not the paper's; any flag given still wins
     seed: Seed = 0  # seed of the agent; the generative stages have their own
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU if there is one
     threads: Annotated[int, (0, 1024)] = 0  # CPU threads of torch, 0: its own choice; last digits depend on it
     tf32: bool = False  # on a GPU, products and convolutions of 10 mantissa bits instead of 23: faster, less exact
-    compile: bool = False  # torch.compile for the denoiser: minutes to start, then faster (docs/speed.md)
+    compile: bool = False  # torch.compile for the networks that generate: minutes to start, then faster (docs/speed.md)
     run_dir: Path = Path("runs")  # each run makes a folder of its own in here
     exp_name: str = ""  # part of the folder's name; the script's name if empty
     track: bool = False  # log to Weights & Biases too

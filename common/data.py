@@ -175,7 +175,7 @@ def _nearest(env_id: str) -> str:
     found = difflib.get_close_matches(env_id, D4RL_NAMES + LOCAL_NAMES, n=3, cutoff=0.5)
     return (
         f"nearest known: {', '.join(found or ['hopper-medium-v2', 'local/hopper/medium-v0'])}; or any Minari id, as "
-        "D4RL/pen/human-v2 for D4RL's other tasks; docs/data.md flattens Dict observations in ten lines"
+        "D4RL/pen/human-v2 for D4RL's other tasks; docs/data.md flattens Dict observations"
     )
 
 
@@ -365,8 +365,8 @@ def _recover(path: Path, stored, requirements) -> gym.Env:
         for space, what in ((spaces.observation_space, "observations"), (spaces.action_space, "actions")):
             if not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
                 raise UserError(
-                    f"{path} has {what} of {type(space).__name__}{space.shape or ''}; flat Boxes are needed: ten lines "
-                    "in docs/data.md store Dict, Tuple or image observations anew through FlattenObservation; discrete "
+                    f"{path} has {what} of {type(space).__name__}{space.shape or ''}; flat Boxes are needed: "
+                    "docs/data.md stores Dict, Tuple or image observations anew through FlattenObservation; discrete "
                     "actions are not for these methods"
                 )
     ours, theirs = ((x.action_space.low, x.action_space.high) for x in (stored, env))

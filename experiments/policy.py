@@ -4,7 +4,7 @@
     python experiments/policy.py RUN --gif policy.gif      # and one episode to watch
     python experiments/policy.py RUN --physics stock       # the same policy in the simulator as it is installed
 
-RUN is the folder of a run of any script here. Its actor acts, or Decision Diffuser's planner, which takes minutes. The
+RUN is the folder of a run of any script here. Its actor acts, or a planner's, which takes minutes. The
 episodes of a start seed begin at seed, seed + 1, ...; the first start seed is that of the run's own evaluations.
 
 The picture is gymnasium's where OpenGL works, else a stick figure of the three robots. It shows at most 10 seconds.
