@@ -244,14 +244,14 @@ def resolution(cells: dict[str, dict[str, list[Row]]]) -> str:
         ["task", "the data's mean", "cloning", *(f"{c}, real data" for c in controls), "headroom", "in sd"], lines
     )
     text += "\nHeadroom is the best control above cloning; sd is the standard deviation between seeds.\n"
-    samples = scores(cells["td3bc"], tasks) if "td3bc" in controls else scores(cells["iql"], tasks)
-    seeds, mean = min(map(len, samples)), float(np.mean([x.mean() for x in samples]))
-    if seeds < 2:
+    samples = [x for x in scores(cells[controls[0]], tasks) if len(x) > 1]
+    if not samples:
         return text + "\nResolution: a spread needs two seeds or more.\n"
+    seeds, mean = min(map(len, samples)), float(np.mean([x.mean() for x in samples]))
     variances = [x.var(ddof=1) for x in samples]
     gain = gain_of_the_paper()
     enough = next((n for n in range(2, 1000) if detectable(variances, n) <= gain * mean), None)
-    found, on = detectable(variances, seeds), f"{len(tasks)} task{'s' * (len(tasks) > 1)}"
+    found, on = detectable(variances, seeds), f"{len(samples)} task{'s' * (len(samples) > 1)}"
     return f"{text}\n" + wrapped(
         f"Resolution: by the spread of {controls[0]} on real data, {seeds} seeds on {on} detect a "
         f"difference of {found:.1f} ({100 * found / mean:.1f} % of its mean score, {mean:.1f}) with 80 % power at the "
