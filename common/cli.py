@@ -97,7 +97,7 @@ def _one_line(box: str) -> str:
     groups = [list(group) for rule, group in itertools.groupby(lines, lambda line: not line.strip("─-")) if not rule]
     # A drawn box has the title in its first line; where it cannot be drawn, the title stands above a rule.
     message = groups[0][1:] if groups[0][0].startswith("╭") else groups[1]
-    meant = [group[1].split()[0] for group in groups if group[0] == "Perhaps you meant:"]
+    meant = [group[1].split()[0].rstrip(",") for group in groups if group[0] == "Perhaps you meant:"]
     return "; ".join([" ".join(message).rstrip("."), *(f"perhaps {x}" for x in meant), "--help lists all arguments"])
 
 

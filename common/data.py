@@ -302,6 +302,7 @@ def minari_root() -> Path:
 def _make_local(env_id: str) -> None:
     """Roll out the shipped policies once; collect.py makes a second process wait and then read."""
     script = Path(__file__).resolve().parent.parent / "local_datasets" / "collect.py"
+    print(f"{'data':<16} making {env_id} from the shipped policies: a minute or two", flush=True)
     if (code := subprocess.run([sys.executable, script, "--env-id", env_id]).returncode) != 0:
         sys.exit(code if code > 0 else 130)  # collect.py has said why, in one line, or got a signal as we did
 

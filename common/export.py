@@ -94,7 +94,8 @@ def main(args: Args) -> None:
     short = f" --horizon {steps - 1} --model-horizon {steps - 1}" if 1 < steps < 8 else ""
     alone = ", or --synthetic-fraction 0 for the agent alone" if steps > 1 else " --synthetic-fraction 0"
     if args.minari or dataset.robot:
-        print(f"read back: python dawm_td3bc.py {how}{short}{alone}")
+        scale = " --laptop" * run["args"]["laptop"]
+        print(f"read back: python dawm_td3bc.py {how}{scale}{short}{alone}")
 
 
 def minari_target(minari_id: str) -> tuple[Path, str]:

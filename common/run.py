@@ -229,7 +229,8 @@ class Run:
         rows += [*results.items(), *self._verdict().items()]
         rows += [("folder", str(self.folder)), ("plot", str(self.folder / "curves.png"))]
         python = sys.executable.removeprefix(f"{os.getcwd()}/")  # where no environment has been activated
-        rows += [("to watch it", f"{python} experiments/policy.py {self.folder} --gif policy.gif")]
+        gif = " --gif policy.gif" * bool(self.content["data"]["robot"])
+        rows += [("to watch it" if gif else "more of it", f"{python} experiments/policy.py {self.folder}{gif}")]
         width = max(len(name) for name, _ in rows)
         table = "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
         print(f"\n{'-' * 72}\n{table}\n{'-' * 72}")

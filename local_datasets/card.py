@@ -39,7 +39,7 @@ TEXT = """\
 
 Written by `python local_datasets/card.py`; every figure about our sets is computed from them.
 
-Made on your machine in under a minute each, without a network, by rolling out the policies in `behavior/`:
+Made on your machine in a minute or two each, without a network, by rolling out the policies in `behavior/`:
 
     python local_datasets/collect.py --env-id local/hopper/medium-v0
 
