@@ -136,7 +136,7 @@ def finished(toy):
 
 def test_a_run_reaches_a_score_and_is_loaded_in_another_process(finished, tmp_path):
     folder, text = finished
-    assert "final" in text and "transitions/s" in text
+    assert "final" in text
     assert list(json.loads((folder / "stages.json").read_text())) == ["world model", "synthesize", "agent"]
     logged = {name: value for line in metrics(folder) for name, value in line.items()}
     assert {"world_model/loss", "agent/bc_loss", "eval/normalized_score"} <= logged.keys()
