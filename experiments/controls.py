@@ -72,7 +72,7 @@ def main(root: Path) -> None:
             groups[content["data"]["env_id"], content["physics"], control(content["args"])].append(run)
     rows = {}
     if CONTROLS.exists():
-        rows = {tuple(row.values())[:3]: row for row in csv.DictReader(CONTROLS.read_text().splitlines())}
+        rows = {tuple(old.values())[:3]: old for old in csv.DictReader(CONTROLS.read_text().splitlines())}
     rows |= {key: row(sorted(runs, key=lambda run: run.content["args"]["seed"])) for key, runs in groups.items()}
     text = StringIO()
     writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
