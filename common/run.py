@@ -230,7 +230,8 @@ class Run:
         rows += [("folder", str(self.folder)), ("plot", str(self.folder / "curves.png"))]
         python = sys.executable.removeprefix(f"{os.getcwd()}/")  # where no environment has been activated
         gif = " --gif policy.gif" * bool(self.content["data"]["robot"])
-        rows += [("to watch it" if gif else "more of it", f"{python} experiments/policy.py {self.folder}{gif}")]
+        if "eval/episodic_return" in self.history:
+            rows += [("to watch it" if gif else "more of it", f"{python} experiments/policy.py {self.folder}{gif}")]
         width = max(len(name) for name, _ in rows)
         table = "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
         print(f"\n{'-' * 72}\n{table}\n{'-' * 72}")

@@ -8,6 +8,7 @@ so that the averaged weights after n updates are those of a training of n. At ea
 pairs, their actions by the run's inverse dynamics, are held against the simulator, as experiments/audit.py does.
 """
 
+import inspect
 import json
 import math
 import sys
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import UserError
 from common.cli import Count, parse_args, tell
 from common.evaluation import Stepper
+from common.files import write_whole
 from common.run import Run
 
 import numpy as np
@@ -81,6 +83,10 @@ QUANTILES = {"median": 0.5, "99%": 0.99}
 
 def train(options: Args) -> None:
     parts = load_rollouts(options.runs[0])
+    takes = inspect.signature(getattr(parts.script, "complete_rollouts", train)).parameters
+    if list(takes) != ["args", "windows", "world_model", "inverse_dynamics", "index"]:
+        raise UserError(f"{options.runs[0]} is of {parts.script.__name__}, whose rollouts are made in another way; "
+                        "give a run of dawm_td3bc.py or dawm_iql.py")  # fmt: skip
     args = replace(
         parts.args,
         world_model_steps=options.updates,
@@ -114,7 +120,8 @@ def draw(options: Args) -> None:
         axis.grid(alpha=0.3, which="both")
     figure.axes[0].set_ylabel("error of the generated next state [sd of the data]")
     figure.axes[0].legend(fontsize=8)
-    figure.savefig(options.out / "training_time.png", dpi=100)
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_whole(options.out / "training_time.png", lambda file: figure.savefig(file, dpi=100, format="png"))
     print(f"wrote {options.out / 'training_time.png'}")
 
 

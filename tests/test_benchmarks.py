@@ -112,5 +112,6 @@ def test_a_look_on_the_way_is_what_a_shorter_training_gets(toy, tmp_path):
     assert watched.errors().items() <= looks[30].items()
     training_time.main(training_time.Args(runs=(made,), plot=True, out=tmp_path))
     assert (tmp_path / "training_time.png").stat().st_size > 5000
+    assert "to watch it" not in (made / "summary.txt").read_text()  # it has no agent
     with pytest.raises(UserError, match="2 runs given"):
         training_time.main(training_time.Args(runs=(made, made)))
