@@ -5,9 +5,11 @@
 
 Every row keeps its state and action. Of next state, reward and end, those that a line of the table names are replaced
 by what the simulator does from there; the last line is the run's real data. Half an hour a line for 80,000 updates.
+The same command goes on where it was stopped.
 """
 
 import inspect
+import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +25,7 @@ from common.run import Run
 import numpy as np
 import torch
 import tyro
-from run_folders import load_rollouts
+from run_folders import load_rollouts, read_args
 
 REPLACED = {  # the run's name: columns of a row that the simulator gives
     "as_generated": (),
@@ -71,6 +73,7 @@ def main(options: Args) -> None:
     sizes = parts.script.row_sizes(parts.dataset.obs.shape[1], parts.dataset.action.shape[1])
     columns = dict(zip(("obs", "action", "reward", "next_obs", "terminated"), np.cumsum([0, *sizes]), strict=False))
     true = true_rows(parts)
+    made = [read_args(summary.parent)["args"] for summary in options.out.glob("*/summary.txt")]
     for seed in options.seeds:
         for line in options.lines:
             rows = parts.rollouts["rows"].clone()
@@ -81,6 +84,8 @@ def main(options: Args) -> None:
                 parts.args, seed=seed, exp_name=line, run_dir=options.out, agent_updates=options.updates,
                 eval_every=5_000, bc_alpha=options.bc_alpha, synthetic_fraction=float(line != "real_data"),
             )  # fmt: skip
+            if json.loads(json.dumps(vars(args), default=str)) in made:
+                continue
             run = Run(args)
             run.open(parts.dataset, parts.evaluator)
             rollouts = {"rows": rows, "valid": parts.rollouts["valid"]}

@@ -10,7 +10,7 @@ from common.evaluation import make_env
 import numpy as np
 import pytest
 import torch
-from toy import ROOT, TOY, hopper_run, metrics
+from toy import ROOT, TOY, hopper_run
 
 sys.path.insert(0, str(ROOT / "experiments"))
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -18,6 +18,7 @@ import inference
 import table
 import training_time
 import true_dynamics
+from run_folders import finished_run
 
 
 def test_the_inference_table_by_hand():
@@ -91,27 +92,23 @@ def test_columns_are_replaced_by_what_the_simulator_does(toy, tmp_path):
     parts.rollouts = {"rows": real, "valid": torch.ones(real.shape[:2], dtype=torch.bool)}
     torch.testing.assert_close(true_dynamics.true_rows(parts), real, rtol=0, atol=1e-4)
     lines = ("all_true", "real_data")
-    true_dynamics.main(true_dynamics.Args(run=folder, lines=lines, updates=20, seeds=(0,), out=tmp_path))
+    for _ in range(2):  # what has been made is not made again
+        true_dynamics.main(true_dynamics.Args(run=folder, lines=lines, updates=20, seeds=(0,), out=tmp_path))
     assert sorted(x.name.split("__")[1] for x in tmp_path.iterdir()) == list(lines)
 
 
-def test_a_look_on_the_way_is_what_a_shorter_training_gets(toy, tmp_path):
-    """The run's own model had 30 updates; the one that is looked at had 30 of 40."""
+def test_a_training_of_the_run_s_own_length_errs_as_the_run_s_model(toy, tmp_path):
     hopper_run("dawm_td3bc", toy, *TOY, "--horizon", "3", "--exp-name", "looked-at")
     folder = next((toy / "runs").glob("*__looked-at__*"))
-    options = training_time.Args(runs=(folder,), updates=40, every=10, pairs=100, out=tmp_path)
-    training_time.main(options)
-    (made,) = tmp_path.glob("*__looked-at__*")
-    looks = {look["step"]: look for look in metrics(made) if "audit/first_median" in look}
-    assert sorted(looks) == [10, 20, 30, 40]
-    parts = true_dynamics.load_rollouts(folder)
-    watched = training_time.Watched.__new__(training_time.Watched)
-    watched.look_with(options, parts)
-    watched.world_model = parts.world_model
-    torch.manual_seed(0)
-    assert watched.errors().items() <= looks[30].items()
-    training_time.main(training_time.Args(runs=(made,), plot=True, out=tmp_path))
+    training_time.main(training_time.Args(runs=(folder,), updates=(10, 30), pairs=100, out=tmp_path))
+    made = {finished_run(path).content["args"]["world_model_steps"]: path for path in tmp_path.glob("*__looked-at__*")}
+    errors = {n: {k: v[-1] for k, v in finished_run(path).metrics.items() if "audit" in k} for n, path in made.items()}
+    parts = true_dynamics.load_rollouts(folder)  # whose world model had 30 updates
+    assert errors[30] == training_time.errors(parts, parts.world_model, 100) != errors[10]
+    training_time.main(training_time.Args(runs=tuple(made.values()), plot=True, out=tmp_path))
     assert (tmp_path / "training_time.png").stat().st_size > 5000
-    assert "to watch it" not in (made / "summary.txt").read_text()  # it has no agent
+    assert "to watch it" not in (made[30] / "summary.txt").read_text()  # it has no agent
     with pytest.raises(UserError, match="2 runs given"):
-        training_time.main(training_time.Args(runs=(made, made)))
+        training_time.main(training_time.Args(runs=tuple(made.values())))
+    with pytest.raises(UserError, match="was not made by this command"):
+        training_time.main(training_time.Args(runs=(folder,), plot=True))

@@ -78,7 +78,7 @@ class Args(RunArgs):
     world_model_seed: Seed = 100  # seed of the diffusion training [DAWM Tab. 7]
     world_model_steps: Count = 2_000_000  # gradient updates [DAWM App.]
     world_model_batch_size: Count = 64  # windows per update [DAWM Tab. 7]
-    world_model_lr: Rate = 1e-4  # Adam's rate [DAWM Tab. 7]
+    world_model_lr: Rate = 1e-4  # Adam's rate [DAWM Tab. 7], falling to 0 along a cosine [unspecified]
     world_model_holdout: Annotated[float, (0, 0.9)] = 0.05  # share of episodes for the held-out loss [unspecified]
     unet_width: Annotated[int, (8, math.inf)] = 128  # channels of the U-Net's first level [unspecified], DD's code
     unet_multipliers: Annotated[tuple[int, ...], (1, math.inf)] = (1, 4, 8)  # of each level [unspecified], DD's
@@ -137,8 +137,8 @@ LAPTOP = dict(
     threads=1,  # a second one gains 15% at these sizes, and loses tenfold when another process wants the core
     loss="x0",
     target_return="own",
-    world_model_steps=15_000,
-    world_model_lr=1e-3,
+    world_model_steps=10_000,
+    world_model_lr=2e-3,
     unet_width=32,
     unet_multipliers=(1, 2),
     outcome_width=512,
@@ -553,6 +553,7 @@ def train_world_model(args: Args, windows: Windows, run: Run) -> WorldModel:
     denoiser = fast.on_cpu(copy.deepcopy(world_model.denoiser), args.compile)
     parameters, averaged = list(denoiser.parameters()), list(world_model.denoiser.parameters())
     optimizer = torch.optim.Adam(parameters, lr=args.world_model_lr, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.world_model_steps)  # [unspecified]
     train, held_out = world_model_split(args, windows)
     normalized = world_model.units.normalize(windows.tokens)  # once for all
 
@@ -569,7 +570,7 @@ def train_world_model(args: Args, windows: Windows, run: Run) -> WorldModel:
             return loss_of(world_model.denoiser, held_out[torch.randint(len(held_out), (512,), device=run.device)])
 
     with run.stage(
-        train_world_model, args.world_model_steps, "update", keeps=world_model, saves=(denoiser, optimizer)
+        train_world_model, args.world_model_steps, "update", keeps=world_model, saves=(denoiser, optimizer, schedule)
     ) as stage:
         for step in stage:
             loss = loss_of(
@@ -578,6 +579,7 @@ def train_world_model(args: Args, windows: Windows, run: Run) -> WorldModel:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            schedule.step()
             if step % args.ema_every == 0 or step == args.world_model_steps:
                 with torch.no_grad():
                     torch._foreach_lerp_(averaged, parameters, 1 - args.ema_decay if step > args.ema_start else 1.0)
