@@ -104,6 +104,8 @@ APART = {
         ("dwm_baseline", "policy_delay", "the agent's own"),
         ("baselines.ssorl", "policy_delay", "the agent's own"),
         ("baselines.one_step", "preset", "the names of its own defaults"),
+        *((f"baselines.{name}", "world_model_lr", "DAWM's is twice as high and falls, this one stays")
+          for name in ("one_step", "decision_diffuser", "diffuser", "diffusion_mpc")),
         ("baselines.decision_diffuser", "target_return", "a planner asks at states whose own return nobody knows"),
         ("baselines.diffuser", "plan_horizon gamma termination_penalty unet_width unet_multipliers diffusion_steps",
          "its own network and value, which its guidance scales go with"),
