@@ -1,4 +1,4 @@
-# make demo   install, make the local Hopper data, run DAWM-TD3BC with a third of the laptop's updates of the world model
+# make demo   install, make the local Hopper data, run DAWM-TD3BC with half of the laptop's updates of the world model
 #             and half of its agent's (--bc-alpha 1: so early Q is small, and lambda divides by it), print the score
 # make test   install, lint, test
 # make test-faults  kills, damage and full disks, as often as docs/reliability.md states; half an hour
