@@ -83,7 +83,7 @@ def test_the_table_of_scores_by_hand(tmp_path, capsys):
         table.main(tmp_path / "0", None)
 
 
-def test_columns_are_replaced_by_what_the_simulator_does(toy, tmp_path):
+def test_columns_are_replaced_by_what_the_simulator_does(toy, tmp_path, capsys):
     """True rows of rollouts that are real rows are those rows, but for their rounding; each line trains."""
     hopper_run("dawm_td3bc", toy, *TOY, "--horizon", "3", "--exp-name", "replaced")
     folder = next((toy / "runs").glob("*__replaced__*"))
@@ -95,6 +95,8 @@ def test_columns_are_replaced_by_what_the_simulator_does(toy, tmp_path):
     for _ in range(2):  # what has been made is not made again
         true_dynamics.main(true_dynamics.Args(run=folder, lines=lines, updates=20, seeds=(0,), out=tmp_path))
     assert sorted(x.name.split("__")[1] for x in tmp_path.iterdir()) == list(lines)
+    told = capsys.readouterr().out.splitlines()[-2:]
+    assert [line.split(" | ")[1:3] for line in told] == [["all true", "1"], ["real data", "1"]]
 
 
 def test_a_training_of_the_run_s_own_length_errs_as_the_run_s_model(toy, tmp_path):
