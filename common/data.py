@@ -499,9 +499,7 @@ def _checked(facts: dict, columns: dict, env: gym.Env, parted: np.ndarray | None
 
 
 def _column(path: str, name: str, array: np.ndarray) -> np.ndarray:
-    """As float32, a flag as bool [N]. UserError for what is no finite number, or a flag but 0 and 1; a warning where
-    float32 loses what tells the numbers apart.
-    """
+    """As float32, a flag as bool [N]. UserError for what is no finite number, or a flag but 0 and 1."""
     if array.dtype.kind not in "biuf":
         raise UserError(f"{path}: {name} holds {array.dtype}, not numbers")
     with np.errstate(over="ignore"):
@@ -512,17 +510,7 @@ def _column(path: str, name: str, array: np.ndarray) -> np.ndarray:
         place = np.argwhere(~good)[0]
         limit = "a flag is 0 or 1" if is_flag else "drop or mend what float32 does not take"
         raise UserError(f"{path}: {name} holds {array[tuple(place)]}, first in row {place[0]}; {limit}")
-    if is_flag:
-        return narrow.reshape(-1) > 0
-    if array.dtype.itemsize > 4:
-        flat = array.reshape(len(array), -1)
-        spread, step = np.ptp(flat, axis=0), np.spacing(np.abs(narrow).reshape(flat.shape).max(axis=0))
-        for i in np.flatnonzero((spread > 0) & (spread < 1000 * step))[:1]:
-            warn(
-                f"{name}: dimension {i} varies by {spread[i]:.3g} around {flat[0, i]:.6g}, where float32 has steps of "
-                f"{step[i]:.3g}: digits are lost; subtract the offset before storing"
-            )
-    return narrow
+    return narrow.reshape(-1) > 0 if is_flag else narrow
 
 
 def _bounds(action: np.ndarray, box: gym.spaces.Box) -> tuple[np.ndarray, np.ndarray]:
