@@ -376,9 +376,6 @@ def _recover(path: Path, stored, requirements) -> gym.Env:
             f"{path} has actions in {_told(*ours)}, but its environment {described(spec)} takes {_told(*theirs)}: "
             "record through gymnasium.wrappers.RescaleAction, or mend the metadata"
         )
-    usual = gym.registry.get(spec.id)
-    if usual and usual.entry_point != spec.entry_point:
-        warn(f"the set makes {spec.id} from {spec.entry_point}, which is not what gymnasium has under this name")
     if learning := [x.name for x in spec.additional_wrappers if x.name in LEARNING]:
         warn(
             f"{', '.join(learning)} learns statistics that the set does not hold: every evaluation begins without any, "
