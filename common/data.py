@@ -23,7 +23,7 @@ from pathlib import Path
 
 from common import UserError
 from common.evaluation import LEARNING, described, fall_rule, from_box, is_unchanged, make_env, plain, robot_of
-from common.files import NO_LOCKS, locked, one_line, sha256_of
+from common.files import locked, one_line, sha256_of
 
 import gymnasium as gym
 import h5py
@@ -198,7 +198,7 @@ def _load_d4rl(env_id: str, data_path: Path | None) -> OfflineDataset:
             raise UserError(f"--data-path {path} is no file that this user can see; give one in D4RL's HDF5 layout")
         _download(env_id, path)
     with _reading(path, "write or copy it again" if data_path else "delete it to download again"):
-        with _open(path) as file:
+        with h5py.File(path) as file:
             columns = {key: _array(file, key, f"D4RL's layout needs {', '.join(D4RL_KEYS)}") for key in D4RL_KEYS}
         facts = {"env_id": env_id, "source": "D4RL file", "path": str(path), "sha256": sha256_of(path)}
     spec = plain(gym.registry[ROBOTS[robot]])
@@ -336,7 +336,7 @@ def _load_minari(env_id: str) -> OfflineDataset:
         if stored.storage.FORMAT != "hdf5":
             raise UserError(f"{path} is in Minari's {stored.storage.FORMAT} format; store it with data_format='hdf5'")
         env = _recover(path, stored, metadata.get("requirements", ()))
-        with _open(main) as file:
+        with h5py.File(main) as file:
             columns, parted = _read_episodes(path, file, stored.episode_indices, again)
         facts = {"env_id": env_id, "path": str(path), "sha256": sha256_of(main), "spec": plain(stored.env_spec)}
     is_d4rl = metadata.get("physics") == "d4rl" and facts["spec"].version == 4 and robot_of(facts["spec"])
@@ -408,43 +408,25 @@ def _read_episodes(path: Path, file: h5py.File, indices, again: str) -> tuple[di
 # ---- Files that cannot be read
 
 
-def _open(path: Path) -> h5py.File:
-    try:
-        return h5py.File(path)
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        return h5py.File(path, locking=False)  # it is only read
-
-
 def _array(file: h5py.File, key: str, way_out: str) -> np.ndarray:
     if key not in file or not isinstance(file[key], h5py.Dataset):
-        what = "a group where an array should be" if key in file else "missing"
-        raise UserError(f"{file.filename}: {key} is {what}; {way_out}")
+        raise UserError(f"{file.filename}: {key} is missing, or no array; {way_out}")
     return np.atleast_1d(file[key][()])
 
 
 @contextmanager
 def _reading(path: Path, again: str):
-    """UserError with the true cause if `path` cannot be read; `again` is the way out of damage."""
+    """UserError if `path` cannot be read; `again` is the way out of damage."""
     try:
         yield
     except UserError:
         raise
+    except BlockingIOError:
+        raise UserError(f"{path} is being written by another process: wait for it, or stop it")
     except Exception as error:  # h5py, Minari and gymnasium raise many types
-        words = one_line(error)
-        causes = {
-            "is being written by another process: wait for it, or stop it": isinstance(error, BlockingIOError),
-            f"may not be read by this user ({words}): look with ls -l, then chmod u+r or ask its owner":
-                isinstance(error, PermissionError),
-            f"is compressed by a filter that is missing here ({words}): repack it with gzip (h5repack -f GZIP=4)":
-                "filter" in words or "plugin" in words,
-            f"does not fit into memory ({words})": isinstance(error, MemoryError),
-            f"cannot be read ({words})": isinstance(error, OSError) and error.errno not in (None, errno.ENOENT),
-            f"cannot be read: no HDF5 file, or damaged or cut short; {again}": "file signature not found" in words,
-            f"cannot be read ({words}): damaged or cut short; {again}": True,
-        }  # fmt: skip
-        raise UserError(f"{path} {next(why for why, is_it in causes.items() if is_it)}")
+        whole = isinstance(error, MemoryError) or getattr(error, "errno", None) not in (None, errno.ENOENT)
+        why = "" if whole else f": damaged or cut short; {again}"
+        raise UserError(f"{path} cannot be read ({one_line(error)}){why}")
 
 
 # ---- For every source: what the data say of themselves, against their rows

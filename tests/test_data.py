@@ -18,6 +18,7 @@ import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 from common import UserError, data
 from common.data import load_dataset
@@ -312,41 +313,19 @@ def test_no_home(folders, monkeypatch):
         assert f"no home directory to find {folder} in; set {variable} to a folder" in message
 
 
-def holds(error: OSError):
-    """An h5py.File that fails with `error` when it is to lock the file."""
-    whole = h5py.File
-
-    def file(path, *args, locking=True, **options):
-        if locking:
-            raise error
-        return whole(path, *args, locking=False, **options)
-
-    return file
-
-
 def test_good_files_that_cannot_be_read(folders, monkeypatch):
-    """Each cause by its name and with its way out; none is called damaged, and no user is told to delete a file."""
-    path = write(folders / "mine.hdf5", hopper_arrays(), compression="lzf")
+    """The cause, as the system has it; none is called damaged, and no user is told to delete a file."""
+    path = write(folders / "mine.hdf5", hopper_arrays())
     with open(path) as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # as a process does that writes it
         messages = {"is being written by another process: wait": refused(load_dataset, NAME, path)}
-    with monkeypatch.context() as patch:
-        for cause, error in (
-            ("may not be read by this user", PermissionError(errno.EACCES, "Permission denied")),
-            ("cannot be read ([Errno 5] Input/output error)", OSError(errno.EIO, "Input/output error")),
-            ("does not fit into memory", MemoryError("8 GiB")),
-        ):
-            patch.setattr(h5py, "File", holds(error))
-            messages[cause] = refused(load_dataset, NAME, path)
-            patch.undo()
-        patch.setattr(h5py, "File", holds(OSError(errno.ENOLCK, "No locks available")))
-        assert load_dataset(NAME, path).robot == "hopper"  # a file system without locks: read without one
-    content = path.read_bytes().replace(b"\x00\x7d\x08", b"\x0f\x7d\x08")  # filter 32000 is lzf; 32015 is none known
-    path.write_bytes(content)
-    messages["compressed by a filter that is missing here"] = refused(load_dataset, NAME, path)
+    for error in (PermissionError(errno.EACCES, "Permission denied"), OSError(errno.EIO, "I/O"), MemoryError("8 GiB")):
+        with monkeypatch.context() as patch:
+            patch.setattr(h5py, "File", Mock(side_effect=error))
+            messages[f"cannot be read ({error})"] = refused(load_dataset, NAME, path)
     group = hopper_arrays() | {"rewards/a": np.ones(20)}
     del group["rewards"]
-    messages["rewards is a group where an array should be"] = refused(load_dataset, NAME, write(path, group))
+    messages["rewards is missing, or no array"] = refused(load_dataset, NAME, write(path, group))
     for cause, message in messages.items():
         assert cause in message and str(path) in message
         assert "damaged" not in message and "delete" not in message
@@ -381,8 +360,8 @@ def changed(key, change):
 
 
 BAD_VALUES = {  # what is wrong: (key, change, words of the refusal)
-    "no next state": ("next_observations", None, "next_observations is missing; D4RL's layout needs observations, act"),
-    "no flag": ("timeouts", None, "timeouts is missing; D4RL's layout needs observations, actions, rewards, next_obs"),
+    "no next state": ("next_observations", None, "next_observations is missing, or no array; D4RL's layout needs obs"),
+    "no flag": ("timeouts", None, "timeouts is missing, or no array; D4RL's layout needs observations, act"),
     "NaN": ("observations", np.nan, "observations holds nan, first in row 7; drop or mend what float32 does not take"),
     "infinity": ("next_observations", -np.inf, "next_observations holds -inf, first in row 7; drop or mend"),
     "beyond float32": ("rewards", 1e39, "rewards holds 1e+39, first in row 7; drop or mend what float32"),
