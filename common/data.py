@@ -13,7 +13,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 import warnings
 from contextlib import contextmanager
@@ -36,35 +35,31 @@ LOCAL_QUALITIES = ("random", "medium", "medium-replay", "medium-expert", "expert
 D4RL_NAMES = [f"{robot}-{quality}-v2" for robot in ROBOTS for quality in D4RL_QUALITIES]
 LOCAL_NAMES = [f"local/{robot}/{quality}-v0" for robot in ROBOTS for quality in LOCAL_QUALITIES]
 LOCAL_RECIPE = 2  # of local_datasets/collect.py; by 1 actions were not rounded, and CPUs made different sets
-D4RL_LOCATIONS = (
-    "https://huggingface.co/datasets/imone/D4RL/resolve/9ed58d8a76c12f4c1cb5db51fa71389e703d2ec5",
-    "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2",
-)
+D4RL_ON_HUB = dict(repo_id="imone/D4RL", repo_type="dataset", revision="9ed58d8a76c12f4c1cb5db51fa71389e703d2ec5")
+D4RL_ELSEWHERE = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2"
 D4RL_KEYS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
 MINARI_KEYS = ("observations", "actions", "rewards", "terminations", "truncations")
 CONNECT_SECONDS = 2  # offline must be told within two seconds
-MAX_FILE_BYTES = 4 * 2**30  # the largest D4RL locomotion file has under 1 GiB
 UNBOUNDED = 1e10  # of an action; some write the largest float for infinity
 
-# (episodes and steps up to the last flag, mean return), bytes and sha256 of the published files. D4RL publishes no
-# checksums: these are what independent users have pinned.
+# Episodes and steps up to the last flag, mean return, and sha256 of the published files. D4RL publishes no checksums:
+# these are what independent users have pinned.
 KNOWN = {
-    "hopper-medium-v2": ((2186, 999_906, 1422.06), 152_756_557,
-        "5bdf1bc4a713c82941de44633df669b36c89850b652a25985166796d25cf71a0"),
-    "hopper-medium-replay-v2": ((2041, 402_000, 467.30), 75_854_457,
-        "e121c5f7c9857a307baa9edc6a2c3b48e85fedb9ac316ecddd0f48ca7ef4e39b"),
-    "hopper-medium-expert-v2": ((3213, 1_999_400, 2089.88), None,
-        "9d51ad87f8c905be3880d84c6140bcdb7fbf39a19e046a237f238ba34fec9e26"),
-    "hopper-expert-v2": ((1027, 999_494, 3511.36), None, None),
-    "walker2d-medium-v2": ((1190, 999_995, 2852.09), None, None),
-    "walker2d-medium-replay-v2": ((1093, 302_000, 682.70), 86_323_963,
-        "e75de96a4f77acf7d4e0d6fdf0d7ccb177c26c44bb4388e4fd99f543ccfa18db"),
-    "walker2d-medium-expert-v2": ((2190, 1_999_209, 3796.57), None, None),
-    "walker2d-expert-v2": ((1000, 999_214, 4920.51), None, None),
-    "halfcheetah-medium-v2": ((1000, 1_000_000, 4770.33), None, None),
-    "halfcheetah-medium-replay-v2": ((202, 202_000, 3093.29), None, None),
-    "halfcheetah-medium-expert-v2": ((2000, 2_000_000, 7713.38), None, None),
-    "halfcheetah-expert-v2": ((1000, 1_000_000, 10656.43), None, None),
+    "hopper-medium-v2": (2186, 999_906, 1422.06, "5bdf1bc4a713c82941de44633df669b36c89850b652a25985166796d25cf71a0"),
+    "hopper-medium-replay-v2":
+        (2041, 402_000, 467.30, "e121c5f7c9857a307baa9edc6a2c3b48e85fedb9ac316ecddd0f48ca7ef4e39b"),
+    "hopper-medium-expert-v2":
+        (3213, 1_999_400, 2089.88, "9d51ad87f8c905be3880d84c6140bcdb7fbf39a19e046a237f238ba34fec9e26"),
+    "hopper-expert-v2": (1027, 999_494, 3511.36, None),
+    "walker2d-medium-v2": (1190, 999_995, 2852.09, None),
+    "walker2d-medium-replay-v2":
+        (1093, 302_000, 682.70, "e75de96a4f77acf7d4e0d6fdf0d7ccb177c26c44bb4388e4fd99f543ccfa18db"),
+    "walker2d-medium-expert-v2": (2190, 1_999_209, 3796.57, None),
+    "walker2d-expert-v2": (1000, 999_214, 4920.51, None),
+    "halfcheetah-medium-v2": (1000, 1_000_000, 4770.33, None),
+    "halfcheetah-medium-replay-v2": (202, 202_000, 3093.29, None),
+    "halfcheetah-medium-expert-v2": (2000, 2_000_000, 7713.38, None),
+    "halfcheetah-expert-v2": (1000, 1_000_000, 10656.43, None),
 }  # fmt: skip
 
 
@@ -165,7 +160,7 @@ def load_dataset(env_id: str, data_path: Path | None = None) -> OfflineDataset:
         if env_id in LOCAL_NAMES:
             _make_local(env_id)
         elif is_id and "/" in env_id and not env_id.startswith("local/"):
-            _download_minari(env_id)
+            _download(env_id, minari_root() / env_id, _nearest(env_id))
         else:
             raise UserError(f"unknown --env-id {env_id!r}; {_nearest(env_id)}")
     return _load_minari(env_id)
@@ -196,7 +191,8 @@ def _load_d4rl(env_id: str, data_path: Path | None) -> OfflineDataset:
     if not os.path.isfile(path):
         if data_path is not None:
             raise UserError(f"--data-path {path} is no file that this user can see; give one in D4RL's HDF5 layout")
-        _download(env_id, path)
+        way_out = f"put {D4RL_ELSEWHERE}/{name} there, name a file with --data-path, or use local/{robot}/medium-v0"
+        _download(env_id, path, way_out)
     with _reading(path, "write or copy it again" if data_path else "delete it to download again"):
         with h5py.File(path) as file:
             columns = {key: _array(file, key, f"D4RL's layout needs {', '.join(D4RL_KEYS)}") for key in D4RL_KEYS}
@@ -213,82 +209,59 @@ def _compare_with_published(dataset: OfflineDataset) -> str:
     """One sentence; "not the published ..." if episodes, steps or mean return up to the last flag differ."""
     if dataset.env_id not in KNOWN:
         return f"no counts are known for the published {dataset.env_id} file"
-    (episodes, steps, mean), _, pinned = KNOWN[dataset.env_id]
-    if pinned and dataset.sha256 == pinned:
+    episodes, steps, mean, pinned = KNOWN[dataset.env_id]
+    if dataset.sha256 == pinned:
         return f"the published {dataset.env_id} file (sha256 as pinned)"
     flagged = dataset.last[dataset.complete]
     rows = int(flagged[-1]) + 1 if len(flagged) else 0
     found = dataset.reward[:rows].sum(dtype=np.float64) / max(len(flagged), 1)
     if (len(flagged), rows) == (episodes, steps) and abs(found - mean) <= 0.011:
-        hint = f", though its sha256 is {dataset.sha256} and users have pinned {pinned}" if pinned else ""
-        return f"counts and mean return are those of the published {dataset.env_id} file{hint}"
+        return f"counts and mean return are those of the published {dataset.env_id} file"
     return (
         f"not the published {dataset.env_id} file: {len(flagged):,} episodes, {rows:,} steps, mean return {found:.2f} "
         f"here, {episodes:,}, {steps:,} and {mean:.2f} there"
     )
 
 
-def _download(env_id: str, path: Path) -> None:
-    """Fetch a published file to path: from the first location that has it, resumed when cut, renamed when whole."""
-    part, (_, size, pinned) = path.with_name(path.name + ".part"), KNOWN.get(env_id, (None, None, None))
+# ---- Downloads
+
+
+def _download(env_id: str, path: Path, way_out: str) -> None:
+    """Have Hugging Face's client, or Minari's, which asks the same hub, put what env_id names at `path`."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(path, lambda: print(f"another process downloads {path}; waiting for it")):
-            if path.is_file():
-                return
-            _fetch(path, part)
-            found = part.stat().st_size, sha256_of(part)
-            if found != (size or found[0], pinned or found[1]):
-                rejected = part.replace(path.with_name(path.name + ".rejected"))
-                raise UserError(
-                    f"{rejected}: sha256 {found[1]} ({found[0]} bytes), but users have pinned {pinned} "
-                    f"({size or 'unknown'} bytes); delete it to download again, or use it with --data-path {rejected}"
-                )
-            part.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({one_line(error)}); set D4RL_DATASET_DIR to a folder that takes it")
+        hub = _answering_hub()
+        if env_id in D4RL_NAMES:
+            from huggingface_hub import hf_hub_download  # slow to import, and being offline is to be told at once
+
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with locked(path, lambda: print(f"another process downloads {path}; waiting for it")):
+                if not path.is_file():
+                    hf_hub_download(filename=path.name, **D4RL_ON_HUB, local_dir=path.parent, endpoint=hub)
+        else:
+            import minari
+
+            minari.download_dataset(env_id)
+    except Exception as error:  # the clients have types of their own, and not only OSError
+        raise UserError(f"{env_id} is not in {path} and cannot be downloaded ({one_line(error)}); {way_out}")
 
 
-def _fetch(path: Path, part: Path) -> None:
-    from huggingface_hub.file_download import http_get  # slow to import; serves any address, not only the hub's
+def _answering_hub() -> str:
+    """The address of Hugging Face's hub; ConnectionError if it gives no answer within CONNECT_SECONDS."""
+    hub, trouble = os.environ.get("HF_ENDPOINT", "https://huggingface.co"), [f"no answer within {CONNECT_SECONDS} s"]
 
-    answers = _ask([f"{location}/{path.name}" for location in D4RL_LOCATIONS])
-    for url, size in answers.items():
-        if isinstance(size, int) and not 0 < size <= MAX_FILE_BYTES:
-            answers[url] = f"announces {size} bytes; known files have 1 to {MAX_FILE_BYTES}"
-        elif isinstance(size, int):
-            if part.exists() and part.stat().st_size > size:
-                part.unlink()  # of something else
-            try:
-                with open(part, "ab") as file:
-                    return http_get(url, file, resume_size=file.tell(), expected_size=size)
-            except Exception as error:  # the client has types of its own, and not only OSError
-                answers[url] = one_line(error)
-    raise UserError(
-        f"{path.name} is not at {path} and cannot be downloaded ("
-        + "; ".join(f"{url}: {reason}" for url, reason in answers.items())
-        + f"); put it there, name one with --data-path, or use --env-id local/{path.name.split('_')[0]}/medium-v0"
-    )
-
-
-def _ask(urls: list[str]) -> dict[str, int | str]:
-    """The bytes that each url announces, or why it has no answer within CONNECT_SECONDS; all are asked at once."""
-    answers: dict[str, int | str] = dict.fromkeys(urls, f"no answer within {CONNECT_SECONDS} s")
-
-    def ask(url: str) -> None:
+    def ask() -> None:
         try:
-            with urllib.request.urlopen(url, timeout=CONNECT_SECONDS) as response:
-                answers[url] = int(response.headers["Content-Length"] or 0)
+            urllib.request.urlopen(hub, timeout=CONNECT_SECONDS).close()
+            trouble.clear()
         except (OSError, ValueError, http.client.HTTPException) as error:
-            answers[url] = one_line(error)
+            trouble[:] = [] if isinstance(error, urllib.error.HTTPError) else [one_line(error)]
 
-    threads = [threading.Thread(target=ask, args=(url,), daemon=True) for url in urls]  # to look up a name may hang
-    deadline = time.monotonic() + CONNECT_SECONDS
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(max(0.0, deadline - time.monotonic()))
-    return dict(answers)
+    thread = threading.Thread(target=ask, daemon=True)  # to look up a name may hang
+    thread.start()
+    thread.join(CONNECT_SECONDS)
+    if trouble:
+        raise ConnectionError(f"{hub}: {trouble[0]}")
+    return hub
 
 
 # ---- Minari data sets, remote ones and those made here
@@ -305,20 +278,6 @@ def _make_local(env_id: str) -> None:
     print(f"{'data':<16} making {env_id} from the shipped policies: a minute or two", flush=True)
     if (code := subprocess.run([sys.executable, script, "--env-id", env_id]).returncode) != 0:
         sys.exit(code if code > 0 else 130)  # collect.py has said why, in one line, or got a signal as we did
-
-
-def _download_minari(env_id: str) -> None:
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    (answer,) = _ask([hub]).values()
-    try:
-        if not isinstance(answer, int) and not answer.startswith("HTTP Error"):
-            raise ConnectionError(f"{hub}: {answer}")
-        import minari  # slow, and being offline is to be told at once
-
-        minari.download_dataset(env_id)
-    except Exception as error:  # the client has types of its own, and not only OSError
-        why = f"{env_id} is not in {minari_root() / env_id} and cannot be downloaded ({one_line(error)})"
-        raise UserError(f"{why}; {_nearest(env_id)}")
 
 
 def _load_minari(env_id: str) -> OfflineDataset:

@@ -146,7 +146,7 @@ def nobody():
 def here(folders, monkeypatch, nobody):
     """Empty folders, no knowledge of published files, and no way out of this machine."""
     monkeypatch.setattr(data, "KNOWN", {})
-    monkeypatch.setattr(data, "D4RL_LOCATIONS", (nobody,))
+    monkeypatch.setenv("HF_ENDPOINT", nobody)
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("https_proxy", nobody)
@@ -227,8 +227,8 @@ def test_the_fingerprint_is_that_of_the_rows(folders):
 # ---- Published counts
 
 
-def publish(monkeypatch, counts=PUBLISHED, size=None, pinned=None):
-    monkeypatch.setattr(data, "KNOWN", {NAME: (counts, size, pinned)})
+def publish(monkeypatch, counts=PUBLISHED, pinned=None):
+    monkeypatch.setattr(data, "KNOWN", {NAME: (*counts, pinned)})
 
 
 def test_counts_that_agree(folders, monkeypatch):
@@ -240,9 +240,8 @@ def test_counts_that_agree(folders, monkeypatch):
     assert loaded.note == f"counts and mean return are those of the published {NAME} file"
     publish(monkeypatch, pinned=loaded.sha256)
     assert load_dataset(NAME).note == f"the published {NAME} file (sha256 as pinned)"
-    publish(monkeypatch, pinned="0" * 64)  # same content, packed anew: both hashes are told
-    note = load_dataset(NAME).note
-    assert note.startswith("counts and mean return are") and loaded.sha256 in note and "0" * 64 in note
+    publish(monkeypatch, pinned="0" * 64)  # same content, packed anew
+    assert load_dataset(NAME).note.startswith("counts and mean return are those")
 
 
 @pytest.mark.parametrize("counts", [(4, 18, 51.0), (3, 17, 51.0), (3, 18, 51.02)])
@@ -524,21 +523,25 @@ def test_episodes_that_a_time_limit_of_their_own_cut(folders, warned, flag, mean
 # ---- Download
 
 
-class Answer(BaseHTTPRequestHandler):
+class Hub(BaseHTTPRequestHandler):
+    """As much of Hugging Face's hub as its client asks for one file."""
+
     def do_GET(self):
         host, asked = self.server.host, self.headers["Range"]
-        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and host.ranges else 0
-        if host.status == "nonsense":
-            return self.wfile.write(b"220 mail here\r\n\r\n")
-        if host.status != 200 or self.path != f"/{FILE}":
-            return self.send_error(host.status if host.status != 200 else 404)
-        rest = host.body[start:]
-        self.send_response(206 if start else 200)
+        known = self.path == f"/datasets/imone/D4RL/resolve/{data.D4RL_ON_HUB['revision']}/{FILE}"
+        rest = host.body[int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0 :] if known else b""
+        self.send_response(404 if not rest else 206 if asked else 200)
+        if not rest:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        for key, value in (("X-Repo-Commit", data.D4RL_ON_HUB["revision"]), ("ETag", f'"{sha256(host.body)}"')):
+            self.send_header(key, value)
         self.send_header("Content-Length", str(len(rest)))
         self.end_headers()
-        if "urllib" not in self.headers["User-Agent"]:  # which only asks for the size
+        if self.command == "GET" and known:
             host.seen.append(asked)
             self.wfile.write(rest[: host.cuts.pop(0) if host.cuts else None])
+
+    do_HEAD = do_GET
 
     def log_message(self, *args):
         pass
@@ -546,17 +549,16 @@ class Answer(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def serve(monkeypatch):
-    """serve(body, ...) starts a server of FILE at host.url; host.seen lists the Range header of each download.
+    """serve(body, ...) starts a hub that has FILE if that is not empty; `seen` lists the Range header of each download.
 
     cuts: so many bytes of each answer, one answer after the other, before the connection is dropped; then whole ones.
     """
     servers = []
 
-    def start(body=b"", cuts=(), ranges=True, status=200):
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
-        server.host = SimpleNamespace(body=body, cuts=list(cuts), ranges=ranges, status=status, seen=[])
-        server.host.url = f"http://127.0.0.1:{server.server_port}"
-        monkeypatch.setattr(data, "D4RL_LOCATIONS", (server.host.url,))
+    def start(body=b"", cuts=()):
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+        server.host = SimpleNamespace(body=body, cuts=list(cuts), seen=[])
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         servers.append(server)
         return server.host
@@ -572,103 +574,41 @@ def body(folders):
     return write(folders / "published.hdf5", hopper_arrays()).read_bytes()
 
 
-def left(folders) -> set[str]:
-    """What lies in D4RL's folder, but for the lock, which stays."""
-    return {path.name for path in (folders / "d4rl").iterdir()} - {f"{FILE}.lock"}
-
-
-DOWNLOADS = {  # what is there of it before, where the answers are cut, whether the server knows ranges; what is asked
-    "whole": (None, [], True, [None]),
-    "cut, then resumed": (None, [1000, 2000], True, [None, "bytes=1000-", "bytes=3000-"]),  # 1000 bytes, then 2000 more
-    "begun again, not appended": (None, [1000], False, [None, "bytes=1000-"]),
-    "killed before the renaming": (b"", [], True, []),
-    "of something longer": (b"more", [], True, [None]),
-}
-
-
-@pytest.mark.parametrize("case", DOWNLOADS)
-def test_download(folders, monkeypatch, serve, body, case):
-    before, cuts, ranges, asked = DOWNLOADS[case]
-    host, path = serve(body, cuts, ranges), folders / "deep" / "d4rl" / FILE
-    publish(monkeypatch, size=len(body), pinned=sha256(body))
-    monkeypatch.setenv("D4RL_DATASET_DIR", str(path.parent))  # made on the way
-    if before is not None:
-        path.parent.mkdir(parents=True)
-        path.with_name(f"{FILE}.part").write_bytes(body + before)
-    for _ in range(2):  # the second time it is there
+@pytest.mark.parametrize("cuts", [[], [1000, 2000]])
+def test_download(folders, monkeypatch, serve, body, cuts):
+    """Whole, or cut and gone on with; the folder is made on the way, and the second time the file is there."""
+    host, path = serve(body, cuts), folders / "deep" / "d4rl" / FILE
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(path.parent))
+    for _ in range(2):
         loaded = load_dataset(NAME)
         assert loaded.sha256 == sha256(body) and loaded.lengths.tolist() == LENGTHS
-    assert host.seen == asked and path.read_bytes() == body
-    assert {x.name for x in path.parent.iterdir()} <= {FILE, f"{FILE}.lock"}
-
-
-def test_a_download_goes_on_next_time(folders, serve, body):
-    """A connection that brings nothing any more is given up; the part stays, and the same command goes on from it."""
-    host = serve(body, cuts=[1000, *[0] * 6])
-    part = folders / "d4rl" / f"{FILE}.part"
-    assert "cannot be downloaded" in refused(load_dataset, NAME)
-    assert part.read_bytes() == body[:1000] and left(folders) == {part.name}
-    load_dataset(NAME)
-    assert host.seen[-1] == "bytes=1000-" and (folders / "d4rl" / FILE).read_bytes() == body
-
-
-@pytest.mark.parametrize("wrong", ["hash", "size"])
-def test_not_the_pinned_file(folders, monkeypatch, serve, body, wrong):
-    serve(body)
-    pinned = "0" * 64 if wrong == "hash" else sha256(body)
-    publish(monkeypatch, size=len(body) + (wrong == "size"), pinned=pinned)
-    message = refused(load_dataset, NAME)
-    rejected = folders / "d4rl" / f"{FILE}.rejected"
-    assert str(rejected) in message and sha256(body) in message and pinned in message and "--data-path" in message
-    assert str(len(body)) in message and str(data.KNOWN[NAME][1]) in message
-    assert rejected.read_bytes() == body and left(folders) == {rejected.name}
-    assert load_dataset(NAME, rejected).lengths.tolist() == LENGTHS  # the way on that the message names
-
-
-def test_second_location(folders, monkeypatch, serve, silent, body):
-    """The first location has no such file, or never answers: the second one is used."""
-    missing, good = serve(status=404), serve(body)
-    for first in (missing.url, silent):
-        monkeypatch.setattr(data, "D4RL_LOCATIONS", (first, good.url))
-        load_dataset(NAME)
-        assert (folders / "d4rl" / FILE).read_bytes() == body
-        (folders / "d4rl" / FILE).unlink()
-    assert good.seen == [None, None]
+    assert host.seen == ([None, "bytes=1000-", "bytes=3000-"] if cuts else [None])
+    assert path.read_bytes() == body
 
 
 @pytest.mark.parametrize(
-    ("network", "reason"),
-    [
-        ("absent", "refused"), ("silent", "no answer within 2 s"), ("nonsense", "220 mail here"),
-        (404, "HTTP Error 404"), (503, "HTTP Error 503"), ("large", "announces 9000 bytes; known files have 1 to 8999"),
-    ],
-)  # fmt: skip
-def test_no_location_has_it(folders, monkeypatch, serve, silent, nobody, body, network, reason):
-    """Told within two seconds (and a half, for the test's own machine), with the ways on; what had come is kept."""
-    (folders / "d4rl" / f"{FILE}.part").write_bytes(body[:1000])
-    monkeypatch.setattr(data, "MAX_FILE_BYTES", 8999)
-    host = serve(bytes(9000), status=200 if network in ("absent", "silent", "large") else network)
-    first = {"absent": nobody.replace("127.0.0.1", "localhost"), "silent": silent}.get(network, host.url)
-    monkeypatch.setattr(data, "D4RL_LOCATIONS", (first, nobody))
+    ("network", "reason"), [("absent", "refused"), ("silent", "no answer within 2 s"), ("without it", "404")]
+)
+def test_no_way_to_the_file(folders, monkeypatch, serve, silent, nobody, network, reason):
+    """Told within two seconds (and a half, for the test's own machine), with the ways on; no half file is left."""
+    host = serve()
+    if network != "without it":
+        monkeypatch.setenv("HF_ENDPOINT", nobody if network == "absent" else silent)
     start = time.monotonic()
     message = refused(load_dataset, NAME)
-    assert time.monotonic() - start < 2.5
-    told = re.search(rf"{FILE} is not at {folders}/d4rl/{FILE} and cannot be downloaded \((.*); (.*)\); put", message)
-    assert told[1].startswith(f"{first}/{FILE}: ") and reason in told[1]
-    assert told[2].startswith(f"{nobody}/{FILE}: ") and "refused" in told[2]
-    assert "--data-path" in message and "--env-id local/hopper/medium-v0" in message
-    assert (folders / "d4rl" / f"{FILE}.part").read_bytes() == body[:1000] and host.seen == []
+    assert time.monotonic() - start < 2.5 or network == "without it"  # whose first import takes long
+    assert f"{NAME} is not in {folders}/d4rl/{FILE} and cannot be downloaded (" in message and reason in message
+    assert f"put {data.D4RL_ELSEWHERE}/{FILE} there" in message
+    assert "--data-path" in message and "local/hopper/medium-v0" in message
+    assert not (folders / "d4rl" / FILE).exists() and host.seen == []
 
 
 def test_cannot_write(folders, monkeypatch, serve, body):
     serve(body)
-    if os.path.exists("/dev/full"):  # a disk with no space
-        (folders / "d4rl" / f"{FILE}.part").symlink_to("/dev/full")
-        assert "No space left on device" in refused(load_dataset, NAME)
     (folders / "file").touch()
     monkeypatch.setenv("D4RL_DATASET_DIR", str(folders / "file"))
     message = refused(load_dataset, NAME)
-    assert "cannot write" in message and str(folders / "file" / FILE) in message and "D4RL_DATASET_DIR" in message
+    assert "cannot be downloaded ([Errno 17] File exists" in message and str(folders / "file" / FILE) in message
 
 
 def test_two_at_once(folders, serve, body):
@@ -989,7 +929,7 @@ def test_ways_to_bring_data(folders, monkeypatch, warned):
 def test_unknown_minari_id_offline(folders, monkeypatch, silent, answers):
     """Nothing listens, or the network swallows the question: told within 2.5 s, with the folder and a known name."""
     if answers:
-        monkeypatch.setenv("https_proxy", silent)
+        monkeypatch.setenv("HF_ENDPOINT", silent)
     start = time.monotonic()
     message = refused(load_dataset, "mujoco/hopper/medium-v0")
     assert time.monotonic() - start < 2.5
@@ -1005,7 +945,7 @@ def test_minari_download_fails(monkeypatch, error):
     def download(env_id):
         raise error
 
-    monkeypatch.setattr(data, "_ask", lambda urls: dict.fromkeys(urls, 0))
+    monkeypatch.setattr(data, "_answering_hub", lambda: "")
     monkeypatch.setattr(minari, "download_dataset", download)
     message = refused(load_dataset, "mujoco/hopper/nothing-v0")
     assert "mujoco/hopper/nothing-v0" in message and (str(error).split() or ["RuntimeError"])[-1] in message
