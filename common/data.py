@@ -174,20 +174,13 @@ def _nearest(env_id: str) -> str:
     )
 
 
-def _folder(variable: str, usual: str) -> Path:
-    try:
-        return Path(os.environ.get(variable) or Path.home() / usual)
-    except RuntimeError:
-        raise UserError(f"there is no home directory to find {usual} in; set {variable} to a folder")
-
-
 # ---- D4RL files
 
 
 def _load_d4rl(env_id: str, data_path: Path | None) -> OfflineDataset:
     robot, quality = env_id.removesuffix("-v2").split("-", 1)
     name = f"{robot}_{quality.replace('-', '_')}-v2.hdf5"
-    path = data_path or Path(os.path.expanduser(_folder("D4RL_DATASET_DIR", ".d4rl/datasets"))) / name
+    path = data_path or Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser() / name
     if not os.path.isfile(path):
         if data_path is not None:
             raise UserError(f"--data-path {path} is no file that this user can see; give one in D4RL's HDF5 layout")
@@ -269,7 +262,7 @@ def _answering_hub() -> str:
 
 def minari_root() -> Path:
     """Where Minari keeps its sets: this asks for the same variable and folder as Minari does."""
-    return _folder("MINARI_DATASETS_PATH", ".minari/datasets")
+    return Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets")
 
 
 def _make_local(env_id: str) -> None:

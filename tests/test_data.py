@@ -297,21 +297,6 @@ def test_data_path(folders):
     assert "damaged or cut short" in refused(load_dataset, NAME, path)
 
 
-def test_no_home(folders, monkeypatch):
-    def home():
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(Path, "home", home)
-    assert load_dataset(NAME, write(folders / "mine.hdf5", hopper_arrays())).robot == "hopper"  # needs no home
-    for variable, folder, env_id in (
-        ("D4RL_DATASET_DIR", ".d4rl/datasets", NAME),
-        ("MINARI_DATASETS_PATH", ".minari/datasets", "local/hopper/medium-v0"),
-    ):
-        monkeypatch.delenv(variable)
-        message = refused(load_dataset, env_id)
-        assert f"no home directory to find {folder} in; set {variable} to a folder" in message
-
-
 def test_good_files_that_cannot_be_read(folders, monkeypatch):
     """The cause, as the system has it; none is called damaged, and no user is told to delete a file."""
     path = write(folders / "mine.hdf5", hopper_arrays())
