@@ -112,17 +112,15 @@ class OfflineDataset:
         return returns[self.complete] if self.complete.any() else returns
 
     @property
-    def cut(self) -> np.ndarray:
-        """[E] bool: a time limit ended it, long before that of the environment it is scored in."""
-        limit = self.spec.max_episode_steps if self.spec else None
-        return self.complete & ~self.terminated[self.last] & (self.lengths < 0.9 * (limit or 0))
+    def pieces(self) -> int:
+        """Episodes whose end nothing marks, or a time limit long before that of the environment they are scored in."""
+        short = self.lengths < 0.9 * (self.spec.max_episode_steps or 0)
+        return int((~self.complete | short & ~self.terminated[self.last]).sum())
 
     @property
     def mean_return(self) -> float | None:
-        """None where the rows are pieces of episodes: a third of the ends unmarked, or half of the episodes cut."""
-        marked = self.complete.sum()
-        pieces = marked <= 2 * (~self.complete[:-1]).sum() or 2 * self.cut.sum() > marked
-        return None if pieces else float(self.returns.mean())
+        """None where two thirds of the episodes are pieces."""
+        return None if 3 * self.pieces > 2 * len(self.lengths) else float(self.returns.mean())
 
     @cached_property
     def fingerprint(self) -> str:
@@ -462,7 +460,7 @@ def _told(low: np.ndarray, high: np.ndarray) -> str:
 def _judge(data: OfflineDataset, env: gym.Env) -> None:
     """Find the fall rule, and warn once of each thing in which the rows contradict the simulator or themselves."""
     name, last, limit, longest = described(data.spec), data.last, env.spec.max_episode_steps, int(data.lengths.max())
-    marked, unmarked = last[data.complete], last[:-1][~data.complete[:-1]]
+    marked = last[data.complete]
     first = {state.tobytes() for state in data.obs[last + 1 - data.lengths]}
     after = data.next_obs[marked]
     foreign = marked[[state.tobytes() in first or not state.any() for state in after]]
@@ -472,17 +470,10 @@ def _judge(data: OfflineDataset, env: gym.Env) -> None:
             "perhaps a vector environment's auto reset (store the final observation instead), or the episode goes on "
             "behind its flag; models learn these steps as they stand"
         )
-    if 2 * data.cut.sum() > data.complete.sum():
+    if data.mean_return is None:
         warn(
-            f"{data.cut.sum():,} of {len(last):,} episodes end by a time limit of their own, before {name}'s {limit:,} "
-            "steps: their mean return is not told, for evaluations go on to the end"
-        )
-    elif data.mean_return is None:
-        jump = np.abs(data.next_obs[unmarked] - data.obs[unmarked + 1]).max(initial=0)
-        warn(
-            f"{(~data.complete).sum():,} episodes end without a flag and {data.complete.sum():,} with one; at the "
-            f"former the next row lies up to {jump:.3g} away: perhaps pieces of episodes, so their mean return is not "
-            "told, and no window or return-to-go goes beyond a piece"
+            f"{data.pieces:,} of {len(last):,} episodes end without a flag, or by a time limit long before {name}'s: "
+            "their mean return is not told, for evaluations go on, and no window or return-to-go goes beyond a piece"
         )
     if limit is None:
         warn(f"{name} has no step limit: evaluation ends an episode after {longest:,} steps, the longest in the data")
