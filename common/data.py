@@ -21,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 
 from common import UserError
-from common.evaluation import LEARNING, described, fall_rule, from_box, is_unchanged, make_env, plain, robot_of
+from common.evaluation import described, fall_rule, from_box, is_unchanged, make_env, plain, robot_of
 from common.files import locked, one_line, sha256_of
 
 import gymnasium as gym
@@ -41,6 +41,7 @@ D4RL_KEYS = ("observations", "actions", "rewards", "next_observations", "termina
 MINARI_KEYS = ("observations", "actions", "rewards", "terminations", "truncations")
 CONNECT_SECONDS = 2  # offline must be told within two seconds
 UNBOUNDED = 1e10  # of an action; some write the largest float for infinity
+LEARNING = ("NormalizeObservation", "NormalizeReward")  # wrappers that change what a policy sees and is paid
 
 # Episodes and steps up to the last flag, mean return, and sha256 of the published files. D4RL publishes no checksums:
 # these are what independent users have pinned.
@@ -299,38 +300,32 @@ def _recover(path: Path, stored, requirements) -> gym.Env:
     """The environment that a Minari set names. UserError if there is none, or one of other spaces than the set's."""
     if stored.env_spec is None:
         raise UserError(
-            f"{path} names no environment to score in: store it with env=gym.make(...), as docs/data.md does; Minari "
-            "drops one whose arguments are no plain values (an array or a function in a wrapper: write a wrapper class "
-            "that inherits gymnasium.utils.RecordConstructorArgs)"
+            f"{path} names no environment to score in: store it with env=gym.make(...), as docs/data.md does; every "
+            "wrapper must inherit gymnasium.utils.RecordConstructorArgs and take plain values"
         )
     spec = plain(stored.env_spec)
     try:
         env = make_env(spec)
     except UserError as error:
         needs = f" (the set asks for {', '.join(requirements)})" if requirements else ""
-        raise UserError(
-            f"{path}: {error}; install what is missing{needs}; a wrapper can be made again if it can be imported and "
-            "inherits gymnasium.utils.RecordConstructorArgs: else record the set without it"
-        )
+        raise UserError(f"{path}: {error}; install what is missing{needs}, or record the set without that wrapper")
     for spaces in (stored, env):
         for space, what in ((spaces.observation_space, "observations"), (spaces.action_space, "actions")):
             if not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
                 raise UserError(
-                    f"{path} has {what} of {type(space).__name__}{space.shape or ''}; flat Boxes are needed: "
-                    "docs/data.md stores Dict, Tuple or image observations anew through FlattenObservation; discrete "
-                    "actions are not for these methods"
+                    f"{path} has {what} of {type(space).__name__}{space.shape or ''}, and flat Boxes are needed: "
+                    "docs/data.md flattens observations; discrete actions are not for these methods"
                 )
     ours, theirs = ((x.action_space.low, x.action_space.high) for x in (stored, env))
+    if np.abs(theirs).max() >= UNBOUNDED:
+        raise UserError(f"{path}: {described(spec)} sets its actions no bounds; give it a Box that has some")
     if ours[0].shape == theirs[0].shape and not np.allclose(ours, theirs):
         raise UserError(
             f"{path} has actions in {_told(*ours)}, but its environment {described(spec)} takes {_told(*theirs)}: "
             "record through gymnasium.wrappers.RescaleAction, or mend the metadata"
         )
     if learning := [x.name for x in spec.additional_wrappers if x.name in LEARNING]:
-        warn(
-            f"{', '.join(learning)} learns statistics that the set does not hold: every evaluation begins without any, "
-            "and shows a policy other numbers than the data"
-        )
+        raise UserError(f"{path}: {learning[0]} learns statistics that no set holds; record the set without it")
     return env
 
 
@@ -403,7 +398,7 @@ def _checked(facts: dict, columns: dict, env: gym.Env, parted: np.ndarray | None
                 f"are Box {space.shape}: record in the environment that the set names, wrappers included"
             )
     obs, action, reward, next_obs, terminated, timeouts = (_column(path, key, columns[key]) for key in D4RL_KEYS)
-    low, high = _bounds(action, env.action_space)
+    low, high = (x.astype(np.float32) for x in (env.action_space.low, env.action_space.high))
     action = from_box(action, low, high)
     if (largest := float(np.abs(action).max())) > 1 + 1e-4:  # float32 rounding of a tanh policy is let pass
         row, i = np.argwhere(np.abs(action) == largest)[0]
@@ -440,16 +435,6 @@ def _column(path: str, name: str, array: np.ndarray) -> np.ndarray:
         limit = "a flag is 0 or 1" if is_flag else "drop or mend what float32 does not take"
         raise UserError(f"{path}: {name} holds {array[tuple(place)]}, first in row {place[0]}; {limit}")
     return narrow.reshape(-1) > 0 if is_flag else narrow
-
-
-def _bounds(action: np.ndarray, box: gym.spaces.Box) -> tuple[np.ndarray, np.ndarray]:
-    """low, high [action_dim] of the Box; of the data where the Box has none."""
-    low, high = box.low.astype(np.float32), box.high.astype(np.float32)
-    if np.abs([low, high]).max() >= UNBOUNDED:
-        low = np.where(low > -UNBOUNDED, low, action.min(axis=0))
-        high = np.where(high < UNBOUNDED, high, action.max(axis=0))
-        warn(f"the environment sets its actions no bounds: the data's own, {_told(low, high)}, are those of policies")
-    return low, high
 
 
 def _told(low: np.ndarray, high: np.ndarray) -> str:
