@@ -166,11 +166,8 @@ def load_dataset(env_id: str, data_path: Path | None = None) -> OfflineDataset:
 
 
 def _nearest(env_id: str) -> str:
-    found = difflib.get_close_matches(env_id, D4RL_NAMES + LOCAL_NAMES, n=3, cutoff=0.5)
-    return (
-        f"nearest known: {', '.join(found or ['hopper-medium-v2', 'local/hopper/medium-v0'])}; or any Minari id, as "
-        "D4RL/pen/human-v2 for D4RL's other tasks; docs/data.md flattens Dict observations"
-    )
+    found = difflib.get_close_matches(env_id, D4RL_NAMES + LOCAL_NAMES) or ["hopper-medium-v2", "local/hopper/medium-v0"]
+    return f"nearest known: {', '.join(found)}; or any Minari id, as D4RL/pen/human-v2 for D4RL's other tasks"
 
 
 # ---- D4RL files

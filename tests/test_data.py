@@ -263,7 +263,7 @@ UNKNOWN = {  # name: a part of what is offered instead
     "zzz": "local/hopper/medium-v0",  # like nothing known: the two first choices are offered
     "mine-v0": "local/hopper/medium-v0",  # a Minari id without a namespace, and not on this machine
     "": "hopper-medium-v2",
-    **dict.fromkeys(("antmaze-umaze-v2", "pen-human-v1"), "D4RL/pen/human-v2 for D4RL's other tasks; docs/data.md"),
+    **dict.fromkeys(("antmaze-umaze-v2", "pen-human-v1"), "D4RL/pen/human-v2 for D4RL's other tasks"),
     # Ids that lead out of the root, where a readable set lies.
     **dict.fromkeys(("../../etc/passwd-medium-v2", "../x-v0", "foo/../../x-v0", "local/../../x-v0"), ""),
     **dict.fromkeys(("./x-v0", "foo//x-v0", "foo/x-v0/", "foo/x-v0\n", "foo\\..\\x-v0", "foo/x\0-v0"), ""),
