@@ -166,8 +166,9 @@ def load_dataset(env_id: str, data_path: Path | None = None) -> OfflineDataset:
 
 
 def _nearest(env_id: str) -> str:
-    found = difflib.get_close_matches(env_id, D4RL_NAMES + LOCAL_NAMES) or ["hopper-medium-v2", "local/hopper/medium-v0"]
-    return f"nearest known: {', '.join(found)}; or any Minari id, as D4RL/pen/human-v2 for D4RL's other tasks"
+    found = difflib.get_close_matches(env_id, D4RL_NAMES + LOCAL_NAMES)
+    found = ", ".join(found or ["hopper-medium-v2", "local/hopper/medium-v0"])
+    return f"nearest known: {found}; or any Minari id, as D4RL/pen/human-v2 for D4RL's other tasks"
 
 
 # ---- D4RL files
@@ -223,7 +224,7 @@ def _download(env_id: str, path: Path, way_out: str) -> None:
             from huggingface_hub import hf_hub_download  # slow to import, and being offline is to be told at once
 
             path.parent.mkdir(parents=True, exist_ok=True)
-            with locked(path, lambda: print(f"another process downloads {path}; waiting for it")):
+            with locked(path):
                 if not path.is_file():
                     hf_hub_download(filename=path.name, **D4RL_ON_HUB, local_dir=path.parent, endpoint=hub)
         else:

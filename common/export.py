@@ -69,7 +69,7 @@ def main(args: Args) -> None:
     columns["timeouts"] = np.isin(np.arange(valid.sum()), np.cumsum(lengths) - 1) & ~columns["terminals"]
     write = write_minari if args.minari else write_hdf5
     work = place / f".export-{name.replace('/', '-')}"
-    with locked(work, lambda: print(f"another process is writing {place / name}; waiting for it")):
+    with locked(work):
         refuse_existing(place, name)
         shutil.rmtree(work, ignore_errors=True)  # of a process that was killed while it wrote
         work.mkdir(parents=True)

@@ -240,8 +240,7 @@ class Run:
         self.tensorboard.close()
         self.metrics_file.close()
         write_text(self.folder / "summary.txt", table + "\n")  # last: it says that the run has finished
-        if self.lock:
-            self.lock.release()
+        self.lock.release()
         (self.folder / "run.lock").unlink(missing_ok=True)
 
     def _verdict(self) -> dict[str, str]:

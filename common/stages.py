@@ -59,8 +59,7 @@ class Stage:
     def __enter__(self):
         self.lock = None
         if not self.run.reading:
-            waiting = f"another process has {self.path} in hand; waiting for it"
-            self.lock = take_lock(self.path, lambda: self._say(waiting))
+            self.lock = take_lock(self.path, wait=True)
             for left in self.path.parent.glob(f".{self.path.name}.*"):  # of a process that was killed while it kept
                 left.unlink(missing_ok=True)
         self.run.kept[self.name] = str(self.path.absolute())
