@@ -192,14 +192,6 @@ def test_a_full_disk_stops_nothing_that_was_made(stage, tmp_path, told):
     told(f"disk full (tmpfs of 24 MiB, filled in stage {stage})", "told with path and space; ends after room is made")
 
 
-@pytest.mark.full
-def test_checkpoints_that_would_not_fit_are_noticed_first(tmp_path):
-    arguments = "--world-model-steps 20 --agent-updates 20 --eval-every 10 --unet-width 128 --unet-multipliers 1 4 8"
-    result = on_a_small_disk(tmp_path, "true", arguments)
-    assert "the checkpoints of stage world model need" in result.stderr and "code 2" in result.stdout
-    assert "--checkpoint-every 0 makes none" in result.stderr
-
-
 # ---- Nothing foreign is executed
 
 
