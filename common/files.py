@@ -22,7 +22,7 @@ def write_whole(path: Path, write, checksum: bool = False) -> None:
 
     With `checksum` its sha256 is put beside it first: a file without one was never finished.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.part")  # what a kill leaves of it, the next write replaces
     try:
         with open(temporary, "wb") as file:
             write(file)

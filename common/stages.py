@@ -60,8 +60,6 @@ class Stage:
         self.lock = None
         if not self.run.reading:
             self.lock = take_lock(self.path, wait=True)
-            for left in self.path.parent.glob(f".{self.path.name}.*"):  # of a process that was killed while it kept
-                left.unlink(missing_ok=True)
         self.run.kept[self.name] = str(self.path.absolute())
         self.run.elsewhere, self.first_record = 0.0, len(self.run.records)
         self.start = self.last_saved = self.last_line = time.monotonic()
@@ -275,29 +273,18 @@ def save_checkpoint(folder: Path, number: int, content: dict) -> Path:
 
 
 def load_checkpoint(folder: Path, device: torch.device, say) -> tuple[Path | None, dict | None]:
-    """The newest whole checkpoint, or None where none was ever finished. A damaged one is told and set aside.
-
-    UserError if all are damaged or foreign.
-    """
-    damaged = []
-    for left in folder.glob(".*.pt*"):  # of a process that was killed while it wrote
-        left.unlink(missing_ok=True)
+    """The newest whole checkpoint, or None. A damaged one is told and set aside; UserError for a foreign one."""
     for path in sorted(folder.glob("*.pt"), reverse=True):
         try:
             check_whole(path, "not used")
         except UserError as error:
             say(str(error))
-            damaged.append(path)
+            path.rename(f"{path}.damaged")  # not to be taken for the checkpoint before the next one
             continue
         try:
-            content = torch.load(path, map_location=device, weights_only=True)
+            return path, torch.load(path, map_location=device, weights_only=True)
         except Exception as error:  # of many types; weights_only unpickles nothing but tensors and plain values
             raise UserError(f"{path} holds more than tensors and plain values ({one_line(error)[:200]}); delete it")
-        for other in damaged:  # not to be taken for the checkpoint before the next one
-            other.rename(f"{other}.damaged")
-        return path, content
-    if damaged:
-        raise UserError(f"no checkpoint in {folder} is whole; delete that folder to begin the stage again")
     return None, None
 
 
