@@ -4,8 +4,8 @@
     python -m common.export runs/stages/synthesize-KEY.safetensors --minari dawm/hopper-medium-v0
 
 Each rollout becomes an episode, ended by a fall or cut as at a time limit. Both forms say where they come from (data,
-arguments, versions, fingerprints of the stages) and how far the simulator agrees with a sample of the rows. Both are
-there whole or not at all, and nothing that exists is ever overwritten.
+arguments, versions, fingerprints of the stages); how true their rows are experiments/audit.py tells of the run. Both
+are there whole or not at all, and nothing that exists is ever overwritten.
 """
 
 import datetime
@@ -22,8 +22,8 @@ from typing import Annotated
 
 from common import UserError
 from common.cli import tell
-from common.data import D4RL_KEYS, MINARI_KEYS, OfflineDataset, load_dataset, minari_root, warn
-from common.evaluation import Stepper, make_env, to_box
+from common.data import D4RL_KEYS, MINARI_KEYS, OfflineDataset, load_dataset, minari_root
+from common.evaluation import make_env, to_box
 from common.files import check_whole, disk_trouble, locked, one_line, sha256_of, sync
 
 import gymnasium as gym
@@ -33,7 +33,6 @@ import tyro
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-AUDITED = 20_000  # rows at most that the simulator is asked about
 NOT_OURS = ("local", "mujoco", "D4RL", "minigrid", "atari")  # namespaces of data sets that others take for recorded
 EPISODE_BYTES = 4_000  # about, of an episode in Minari's form, beside its numbers
 
@@ -63,7 +62,6 @@ def main(args: Args) -> None:
             "next_obs, terminated; a variant with further columns exports with its own code"
         )
     provenance = provenance_of(args.source, manifest, valid)
-    provenance["audit"] = audit(rows[valid], dataset, run["physics"])
     lengths = valid.sum(1)[valid.any(1)]
     columns = columns_of(rows[valid], dataset)
     columns["timeouts"] = np.isin(np.arange(valid.sum()), np.cumsum(lengths) - 1) & ~columns["terminals"]
@@ -241,50 +239,6 @@ def provenance_of(source: Path, manifest: dict, valid: np.ndarray) -> dict:
         "source": {"file": str(source), "fingerprint": manifest["fingerprint"], "depends": manifest["depends"]},
         "counts": {"transitions": int(valid.sum()), "rollouts": len(valid), "longest_rollout": int(valid.sum(1).max())},
         **{key: told[key] for key in ("data", "args", "constants", "physics", "versions", "git", "code", "hardware")},
-    }
-
-
-def audit(rows: np.ndarray, dataset: OfflineDataset, physics: str) -> dict | str:
-    """How far the simulator agrees with some of rows [N, row_dim], drawn at random; a warning where that is far.
-
-    Errors are in standard deviations of the real data: of a state the root mean square over its dimensions.
-    """
-    try:
-        simulate = Stepper(dataset, physics)
-    except UserError as error:
-        return f"not available: {error}"
-    rows = rows[np.sort(np.random.default_rng(0).permutation(len(rows))[:AUDITED])]
-    obs, _, reward, next_obs, terminated = columns_of(rows, dataset).values()
-    true_next, true_reward, true_terminated = simulate(obs, rows[:, obs.shape[1] :][:, : dataset.action.shape[1]])
-    known = simulate.checkable(obs) & np.isfinite(true_next).all(1)
-    if not known.any():
-        return f"not available: the simulator's state is unknown for all of {len(known)} rows"
-    told, true = terminated[known], true_terminated[known]
-    errors = {
-        "state_error": np.sqrt(np.square((next_obs - true_next) / (dataset.obs.std(0, dtype=float) + 1e-6)).mean(1)),
-        "reward_error": np.abs(reward - true_reward) / (dataset.reward.std(dtype=float) + 1e-6),
-    }
-    spread = {
-        name: dict(zip(("median", "90%"), np.quantile(error[known], (0.5, 0.9)).tolist(), strict=True))
-        for name, error in errors.items()
-    }
-    if max(found["median"] for found in spread.values()) > 1:
-        warn(
-            f"median errors of states and rewards are {spread['state_error']['median']:.2g} and "
-            f"{spread['reward_error']['median']:.2g} standard deviations of the data: are the columns what their names "
-            "say?"
-        )
-    return {
-        "rows": len(known),
-        "uncheckable_share": float(1 - known.mean()),
-        **spread,
-        "termination": {
-            "agreement": float((told == true).mean()),
-            "told": int(told.sum()),
-            "in_the_simulator": int(true.sum()),
-            "both": int((told & true).sum()),
-        },
-        "units": "standard deviations of the real data; a state's is the root mean square over its dimensions",
     }
 
 
