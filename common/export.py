@@ -9,7 +9,6 @@ are there whole or not at all, and nothing that exists is ever overwritten.
 """
 
 import datetime
-import errno
 import json
 import os
 import re
@@ -34,7 +33,6 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 NOT_OURS = ("local", "mujoco", "D4RL", "minigrid", "atari")  # namespaces of data sets that others take for recorded
-EPISODE_BYTES = 4_000  # about, of an episode in Minari's form, beside its numbers
 
 
 @dataclass
@@ -72,9 +70,6 @@ def main(args: Args) -> None:
         shutil.rmtree(work, ignore_errors=True)  # of a process that was killed while it wrote
         work.mkdir(parents=True)
         try:
-            needed = rows.nbytes + (EPISODE_BYTES * len(lengths) if args.minari else 0) + 2**20
-            if (free := shutil.disk_usage(work).free) < needed:
-                raise OSError(errno.ENOSPC, f"needs {needed / 2**20:,.0f} MiB of {free / 2**20:,.0f} MiB free")
             write(work, name, columns, lengths, dataset, provenance)
             for made in work.rglob("*"):
                 sync(made)
@@ -87,25 +82,19 @@ def main(args: Args) -> None:
     work.with_name(f"{work.name}.lock").unlink(missing_ok=True)
     file = place / name / "data" / "main_data.hdf5" if args.minari else place / name
     print(f"{place / name}: {len(columns['rewards']):,} rows in {len(lengths):,} rollouts, sha256 {sha256_of(file)}")
-    steps = int(lengths.max())
-    how = f"--env-id {args.minari or f'{dataset.robot}-medium-v2 --data-path {args.hdf5}'}"
-    short = f" --horizon {steps - 1} --model-horizon {steps - 1}" if 1 < steps < 8 else ""
-    alone = ", or --synthetic-fraction 0 for the agent alone" if steps > 1 else " --synthetic-fraction 0"
     if args.minari or dataset.robot:
+        data = args.minari or f"{dataset.robot}-medium-v2 --data-path {args.hdf5}"
         scale = " --laptop" * run["args"]["laptop"]
-        print(f"read back: python dawm_td3bc.py {how}{scale}{short}{alone}")
+        print(f"an agent on it alone: python dawm_td3bc.py --env-id {data}{scale} --synthetic-fraction 0")
 
 
 def minari_target(minari_id: str) -> tuple[Path, str]:
-    root = minari_root()
     if not re.fullmatch(r"[\w-]{2,}(/[\w-]+)+-v\d+", minari_id):
         raise UserError(f"--minari {minari_id!r} is no Minari id; give NAMESPACE/NAME-vN, such as dawm/hopper-v0")
     if minari_id.split("/")[0] in NOT_OURS:
         raise UserError(f"--minari {minari_id}: {minari_id.split('/')[0]}/ is for recorded data; give another one")
-    if inside := [x for x in (root / minari_id).parents if (x / "data").exists() and root in x.parents]:
-        raise UserError(f"--minari {minari_id} lies inside the data set {inside[0]}; give another id")
-    root.mkdir(parents=True, exist_ok=True)
-    return root, minari_id
+    minari_root().mkdir(parents=True, exist_ok=True)
+    return minari_root(), minari_id
 
 
 def refuse_existing(place: Path, name: str) -> None:
@@ -171,16 +160,14 @@ def write_hdf5(work: Path, name: str, columns: dict, lengths: np.ndarray, datase
 @contextmanager
 def minari_writes_to(root: Path):
     """Minari's library writes its sets under `root`, and does not ask for an author's address."""
-    before = os.environ.get("MINARI_DATASETS_PATH")
+    before = minari_root()
     os.environ["MINARI_DATASETS_PATH"] = str(root)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        del os.environ["MINARI_DATASETS_PATH"]
-        if before is not None:
-            os.environ["MINARI_DATASETS_PATH"] = before
+        os.environ["MINARI_DATASETS_PATH"] = str(before)
 
 
 def write_minari(work: Path, name: str, columns: dict, lengths: np.ndarray, dataset, provenance: dict) -> None:

@@ -110,7 +110,6 @@ def test_refusals(made):
         (made.run, {"hdf5": made.out / "there.hdf5"}, "there.hdf5 exists and is never overwritten"),
         (made.run, {"hdf5": made.out / "no" / "such.hdf5"}, "no is no folder that can be written"),
         (made.run, {"minari": "there/it-v0"}, "it-v0 exists and is never overwritten"),
-        (made.run, {"minari": "there/it-v0/deeper-v0"}, "lies inside the data set"),
         (made.run, {"minari": "local/hopper/medium-v0"}, "local/ is for recorded data; give another one"),
         (wide, {"hdf5": out}, "has rows of 30 columns, an export writes 27: obs, action, reward, next_obs, terminated"),
         (damaged, {"hdf5": out}, "is damaged"),
@@ -159,7 +158,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(made, form):
 
 
 def test_train_on_what_was_exported(made):
-    """The two lines that an export prints, and the set that SSORL completed."""
+    """The agent alone, as an export prints it, and the whole method."""
     main(Args(made.run, hdf5=made.out / "out.hdf5"))
     arguments = hopper_arguments(made.out, "--data-path", made.out / "out.hdf5", *TOY)
     for options in (["--synthetic-fraction", 0], ["--horizon", 1, "--model-horizon", 1]):
