@@ -228,10 +228,8 @@ class Run:
         rows += [("total", f"{total:7.1f} s"), ("peak memory", f"{_peak_memory_gib():.2f} GiB")]
         rows += [*results.items(), *self._verdict().items()]
         rows += [("folder", str(self.folder)), ("plot", str(self.folder / "curves.png"))]
-        python = sys.executable.removeprefix(f"{os.getcwd()}/")  # where no environment has been activated
-        gif = " --gif policy.gif" * bool(self.content["data"]["robot"])
-        if "eval/episodic_return" in self.history:
-            rows += [("to watch it" if gif else "more of it", f"{python} experiments/policy.py {self.folder}{gif}")]
+        if self.content["data"]["robot"] and "eval/episodic_return" in self.history:
+            rows += [("to watch it", f"python experiments/policy.py {self.folder} --gif policy.gif")]
         width = max(len(name) for name, _ in rows)
         table = "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
         print(f"\n{'-' * 72}\n{table}\n{'-' * 72}")
@@ -265,48 +263,28 @@ class Run:
         return [row for row in rows if (row["fingerprint"], row["physics"]) == here]
 
     def _plot(self) -> None:
-        """The return beside the data's mean and the known controls, large; what was trained, small, held out or not."""
+        """A panel for each metric, with its held-out twin; the return beside the data's mean and the known controls."""
         from matplotlib.figure import Figure  # slow to import
 
-        names = [n for n in self.history if len(self.history[n]) > 1 and not n.startswith(("time/", "eval/"))]
+        left_out = ("time/", "eval/episodic_return_std", "eval/normalized_score")
+        names = [n for n in self.history if len(self.history[n]) > 1 and not n.startswith(left_out)]
         names = [n for n in names if "/val_" not in n or n.replace("/val_", "/", 1) not in names]
-        half = -(-len(names) // 2)
-        large = ["return"] * 2 if "eval/episodic_return" in self.history else []
-        below = names[half:] + ["."] * (2 * half - len(names))
-        if not names + large:
-            return
-        figure = Figure(figsize=(2.6 * (half + len(large)), 5.2), layout="constrained")
-        panels = figure.subplot_mosaic([large + names[:half], large + below])
-        for name in names:
-            panels[name].set_title(name, fontsize=9)
-            panels[name].plot(*zip(*self.history[name], strict=True), label="training")
-            if (held_out := name.replace("/", "/val_", 1)) in self.history:
-                panels[name].plot(*zip(*self.history[held_out], strict=True), label="held out")
-                panels[name].legend(fontsize=8)
-        if large:
-            self._plot_return(panels["return"])
-        for axis in panels.values():
-            axis.tick_params(labelsize=8)
-            axis.ticklabel_format(axis="x", style="sci", scilimits=(-3, 4))
-            axis.grid(alpha=0.3)
-        figure.suptitle(f"{self.args.exp_name} on {self.args.env_id}, seed {self.args.seed}")
-        figure.supxlabel("gradient updates of each stage", fontsize=9)
-        write_whole(self.folder / "curves.png", lambda file: figure.savefig(file, dpi=100, format="png"))
-
-    def _plot_return(self, axis) -> None:
-        steps, returns = zip(*self.history["eval/episodic_return"], strict=True)
-        spread = [value for _, value in self.history.get("eval/episodic_return_std", [])] or None
-        label = f"this run: {returns[-1]:.1f} at the end"
-        if len(returns) > 1:
-            label += f", mean of the curve {np.mean(returns):.1f}"
-        axis.errorbar(steps, returns, spread, marker=".", elinewidth=0.8, capsize=2, label=label)
+        levels = {row["control"]: float(row["return"]) for row in self._controls()}
         if (mean := self.content["data"]["mean_return"]) is not None:
-            axis.axhline(mean, color="black", linestyle="--", label=f"mean of the data's episodes: {mean:.1f}")
-        for row, color in zip(self._controls(), ("tab:green", "tab:orange", "tab:red"), strict=False):
-            label = f"{row['control']}, mean of the curve: {row['return']}"
-            axis.axhline(float(row["return"]), color=color, linestyle="-.", label=label)
-        axis.set_ylabel(f"return of an episode; bars: std over {self.args.eval_episodes} episodes", fontsize=9)
-        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), fontsize=9, frameon=False)
+            levels["the data's mean"] = mean
+        columns = max(1, -(-len(names) // 2))
+        figure = Figure(figsize=(4 * columns, 7), layout="constrained")
+        for place, name in enumerate(names, 1):
+            axis = figure.add_subplot(2, columns, place, title=name)
+            axis.plot(*zip(*self.history[name], strict=True), label="this run")
+            if (held_out := name.replace("/", "/val_", 1)) in self.history:
+                axis.plot(*zip(*self.history[held_out], strict=True), label="held out")
+            for number, (label, value) in enumerate(levels.items() if name == "eval/episodic_return" else ()):
+                axis.axhline(value, color=f"C{number + 1}", linestyle="--", label=f"{label}: {value:.1f}")
+            axis.legend()
+        figure.suptitle(f"{self.args.exp_name} on {self.args.env_id}, seed {self.args.seed}")
+        figure.supxlabel("gradient updates of each stage")
+        write_whole(self.folder / "curves.png", lambda file: figure.savefig(file, dpi=80, format="png"))
 
 
 def _select_device(args) -> torch.device:
