@@ -140,7 +140,7 @@ class Run:
         self.stages["start, data"] = (time.monotonic() - self.started, "")
 
     def _take_folder(self, key: str) -> None:
-        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")  # two of one command may start in the same second
         stem = f"{self.args.env_id.replace('/', '-')}__{self.args.exp_name}__{self.args.seed}__"
         found = [x for x in self.args.run_dir.iterdir() if x.name.startswith(stem) and x.name.endswith(f"__{key}")]
         for folder in sorted(found, reverse=True) if self.args.checkpoint_every else ():
@@ -155,13 +155,8 @@ class Run:
                 events.unlink()
             self.say("resumed", f"{folder} was interrupted; it goes on")
             return
-        for number in range(1, 100):  # two runs of one command may start in the same second
-            self.folder = self.args.run_dir / f"{stem}{stamp}{'' if number == 1 else f'-{number}'}__{key}"
-            try:
-                self.folder.mkdir()
-                break
-            except FileExistsError:
-                continue
+        self.folder = self.args.run_dir / f"{stem}{stamp}__{key}"
+        self.folder.mkdir()
         self.lock = take_lock(self.folder / "run")
 
     def seed(self, stage: str, seed: int) -> None:
