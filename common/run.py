@@ -4,6 +4,7 @@ import csv
 import datetime
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -59,6 +60,8 @@ class Run:
         self.made_on += " with tf32" if args.tf32 else ""
         if args.compile and not reading and shutil.which(os.environ.get("CXX", "g++")) is None:
             raise UserError("--compile needs a C++ compiler: install g++, name another in CXX, or run without it")
+        if args.track and importlib.util.find_spec("wandb") is None:
+            raise UserError("--track needs Weights & Biases: pip install wandb")
         args.exp_name = args.exp_name or Path(sys.modules[type(args).__module__].__file__).stem
         if "/" in args.exp_name or not args.exp_name.isprintable() or len(args.exp_name.encode(errors="replace")) > 100:
             raise UserError(f"--exp-name {args.exp_name[:40]!r}: use up to 100 printable characters and no slash")
@@ -122,7 +125,9 @@ class Run:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         if self.args.track:
-            _import_wandb().init(project=self.args.wandb_project, name=self.folder.name, sync_tensorboard=True)
+            import wandb
+
+            wandb.init(project=self.args.wandb_project, name=self.folder.name, sync_tensorboard=True)
         self.metrics_file = open(self.folder / "metrics.jsonl", "w", buffering=1)
         self.tensorboard = SummaryWriter(str(self.folder))
         self.say("data", f"{data['env_id']}: {data['source']} {data['path']}")
@@ -292,17 +297,7 @@ def _select_device(args) -> torch.device:
     # Both alike: torch itself leaves products exact and takes TF32 for convolutions.
     torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = args.tf32
-    if args.track:
-        _import_wandb()
     return device
-
-
-def _import_wandb():
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("--track needs Weights & Biases: pip install wandb")
-    return wandb
 
 
 def _module_of(args) -> str:
