@@ -149,7 +149,7 @@ class Signals:
             signal.alarm(1)
             return
         text = f"\nstopped by {Signals.received}, between two checkpoints; {how_to_go_on()}\n"
-        os.write(2, text.encode(errors="backslashreplace"))  # a print may be under way
+        os.write(2, text.encode())  # a print may be under way
         os._exit(STOPPED)
 
 
@@ -165,9 +165,6 @@ def how_to_go_on() -> str:
 
 def tell(main) -> None:
     """main(), with signals heeded, and bad input or a full disk told in one line."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
     try:
         with Signals():
             main()

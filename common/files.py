@@ -40,7 +40,7 @@ def write_whole(path: Path, write, checksum: bool = False) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_whole(path, lambda file: file.write(text.encode(errors="surrogateescape")))
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def check_whole(path: Path, way_out: str) -> None:

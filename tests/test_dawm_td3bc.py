@@ -503,7 +503,7 @@ def test_control_and_online_mode(toy):
         ("--loss x1", "invalid choice 'x1' for argument '--loss'. Expected one of ('noise', 'x0')"),
         ("--target-return inf", "--target-return inf lies outside [-100, 100]"),
         ("--unet-width 12", "--unet-width 12 must be 8, 16"),
-        ("--exp-name a/b", "--exp-name 'a/b': use up to 100 printable characters"),
+        ("--exp-name a/b", "--exp-name 'a/b': use up to 100 characters"),
         ("--tf32 --device cpu", "--tf32 changes what a GPU computes, and this run is on the CPU; leave it out"),
         ("--device cuda", "--device cuda, but torch sees no CUDA device"),
     ],
