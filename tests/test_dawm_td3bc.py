@@ -498,7 +498,7 @@ def test_control_and_online_mode(toy):
         ("--horizon 0", "--horizon 0 must be 1 or more"),
         ("--horizon 9", "--horizon 9 is above --model-horizon 7"),
         ("--gamma nan", "--gamma nan lies outside [0, 1]"),
-        ("--gama 0.9", "Unrecognized options: --gama, 0.9; perhaps --gamma; --help lists all arguments"),
+        ("--gama 0.9", "Unrecognized options: --gama, 0.9 Perhaps you meant: --gamma FLOAT"),
         ("--gamma high", "Error parsing --gamma: could not convert string to float: 'high'"),
         ("--loss x1", "invalid choice 'x1' for argument '--loss'. Expected one of ('noise', 'x0')"),
         ("--target-return inf", "--target-return inf lies outside [-100, 100]"),
