@@ -33,7 +33,6 @@ RECORDERS = (
     "RecordEpisodeStatistics", "RecordVideo", "HumanRendering", "RenderCollection", "DataCollector",
     "StepDataCollector", "Monitor",
 )  # fmt: skip
-RENDERING = {"width", "height", "camera_id", "camera_name", "default_camera_config", "max_geom", "visual_options"}
 HEIGHT = {"HopperEnv": 1, "Walker2dEnv": 1, "AntEnv": 2, "HumanoidEnv": 2}  # where qpos has it; x (and y) stand before
 ENDLESS = ("HalfCheetahEnv", "SwimmerEnv", "ReacherEnv", "PusherEnv", "HumanoidStandupEnv", "PendulumEnv")
 
@@ -126,7 +125,7 @@ def is_unchanged(spec: EnvSpec) -> bool:
     if usual is None or spec.additional_wrappers or spec.max_episode_steps != usual.max_episode_steps:
         return False
     default = _defaults(spec.entry_point)
-    return all(np.array_equal(default.get(x), spec.kwargs[x]) for x in spec.kwargs.keys() - RENDERING)
+    return all(np.array_equal(default.get(x), spec.kwargs[x]) for x in spec.kwargs)
 
 
 def _defaults(creator) -> dict:

@@ -268,7 +268,7 @@ def test_scores_are_for_the_unchanged_environment():
     """D4RL's reference returns say nothing of other arguments, step limits or wrappers."""
     for same in (
         gym.make("Hopper-v4"),
-        gym.make("Hopper-v5", healthy_z_range=[0.7, float("inf")], healthy_reward=1.0, width=64),
+        gym.make("Hopper-v5", healthy_z_range=[0.7, float("inf")], healthy_reward=1.0),
         wrappers.RecordEpisodeStatistics(gym.make("Walker2d-v5")),
     ):
         assert is_unchanged(plain(same.spec)) and dataset_of(same).robot in ("hopper", "walker2d")
