@@ -61,8 +61,7 @@ def main(args: Args) -> None:
         )
     provenance = provenance_of(args.source, manifest, valid)
     lengths = valid.sum(1)[valid.any(1)]
-    columns = columns_of(rows[valid], dataset)
-    columns["timeouts"] = np.isin(np.arange(valid.sum()), np.cumsum(lengths) - 1) & ~columns["terminals"]
+    columns = columns_of(rows[valid], lengths, dataset)
     write = write_minari if args.minari else write_hdf5
     work = place / f".export-{name.replace('/', '-')}"
     with locked(work):
@@ -125,12 +124,16 @@ def read_set(source: Path) -> tuple[np.ndarray, np.ndarray, dict]:
         raise UserError(f"{source} is no kept set of complete transitions ({one_line(error)})")
 
 
-def columns_of(rows: np.ndarray, dataset: OfflineDataset) -> dict[str, np.ndarray]:
-    """Rows [N, row_dim] as D4RL's arrays but the time-outs, actions in the environment's units."""
+def columns_of(rows: np.ndarray, lengths: np.ndarray, dataset: OfflineDataset) -> dict[str, np.ndarray]:
+    """Rows [N, row_dim] of rollouts, end to end, as D4RL's arrays, actions in the environment's units; a rollout that
+    no fall ends is timed out.
+    """
     obs_dim, action_dim = dataset.obs.shape[1], dataset.action.shape[1]
     obs, action, reward, next_obs, terminated = np.split(rows, np.cumsum([obs_dim, action_dim, 1, obs_dim]), axis=1)
     action = to_box(action, dataset.action_low, dataset.action_high).astype(np.float32)
-    return dict(zip(D4RL_KEYS, (obs, action, reward[:, 0], next_obs, terminated[:, 0] > 0), strict=False))
+    terminals = terminated[:, 0] > 0
+    timeouts = np.isin(np.arange(len(rows)), np.cumsum(lengths) - 1) & ~terminals
+    return dict(zip(D4RL_KEYS, (obs, action, reward[:, 0], next_obs, terminals, timeouts), strict=True))
 
 
 # ---- The two forms
