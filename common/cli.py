@@ -6,6 +6,7 @@ import io
 import itertools
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -73,7 +74,8 @@ def parse_args(args_class: type, laptop: dict, presets: dict[str, dict] | None =
     except SystemExit as stop:
         if not stop.code:
             raise  # --help
-        raise UserError(_one_line(told.getvalue()))
+        _, _, box = told.getvalue().strip().partition("\n")  # without its title
+        raise UserError(" ".join(re.sub("[│╰╯]|[─-]{3,}", " ", box).split()))
     check_ranges(args)
     return args
 
@@ -89,16 +91,6 @@ def check_ranges(args) -> None:
                     if not low <= number <= high:
                         limit = f"must be {low} or more" if high == math.inf else f"lies outside [{low}, {high}]"
                         raise UserError(f"--{name.replace('_', '-')} {number} {limit}")
-
-
-def _one_line(box: str) -> str:
-    """What tyro says in a box of several lines: the message, and the first option that it suggests."""
-    lines = [line.strip("│ ") for line in box.strip().splitlines()]
-    groups = [list(group) for rule, group in itertools.groupby(lines, lambda line: not line.strip("─-")) if not rule]
-    # A drawn box has the title in its first line; where it cannot be drawn, the title stands above a rule.
-    message = groups[0][1:] if groups[0][0].startswith("╭") else groups[1]
-    meant = [group[1].split()[0].rstrip(",") for group in groups if group[0] == "Perhaps you meant:"]
-    return "; ".join([" ".join(message).rstrip("."), *(f"perhaps {x}" for x in meant), "--help lists all arguments"])
 
 
 def args_of(stored: dict, args_class: type):
@@ -149,7 +141,7 @@ class Signals:
             signal.alarm(1)
             return
         text = f"\nstopped by {Signals.received}, between two checkpoints; {how_to_go_on()}\n"
-        os.write(2, text.encode(errors="backslashreplace"))  # a print may be under way
+        os.write(2, text.encode())  # a print may be under way
         os._exit(STOPPED)
 
 
@@ -165,9 +157,6 @@ def how_to_go_on() -> str:
 
 def tell(main) -> None:
     """main(), with signals heeded, and bad input or a full disk told in one line."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
     try:
         with Signals():
             main()

@@ -13,7 +13,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 import warnings
 from contextlib import contextmanager
@@ -22,8 +21,8 @@ from functools import cached_property
 from pathlib import Path
 
 from common import UserError
-from common.evaluation import LEARNING, described, fall_rule, from_box, is_unchanged, make_env, plain, robot_of
-from common.files import NO_LOCKS, locked, one_line, sha256_of
+from common.evaluation import described, fall_rule, from_box, is_unchanged, make_env, plain, robot_of
+from common.files import locked, one_line, sha256_of
 
 import gymnasium as gym
 import h5py
@@ -36,35 +35,32 @@ LOCAL_QUALITIES = ("random", "medium", "medium-replay", "medium-expert", "expert
 D4RL_NAMES = [f"{robot}-{quality}-v2" for robot in ROBOTS for quality in D4RL_QUALITIES]
 LOCAL_NAMES = [f"local/{robot}/{quality}-v0" for robot in ROBOTS for quality in LOCAL_QUALITIES]
 LOCAL_RECIPE = 2  # of local_datasets/collect.py; by 1 actions were not rounded, and CPUs made different sets
-D4RL_LOCATIONS = (
-    "https://huggingface.co/datasets/imone/D4RL/resolve/9ed58d8a76c12f4c1cb5db51fa71389e703d2ec5",
-    "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2",
-)
+D4RL_ON_HUB = dict(repo_id="imone/D4RL", repo_type="dataset", revision="9ed58d8a76c12f4c1cb5db51fa71389e703d2ec5")
+D4RL_ELSEWHERE = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2"
 D4RL_KEYS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
 MINARI_KEYS = ("observations", "actions", "rewards", "terminations", "truncations")
 CONNECT_SECONDS = 2  # offline must be told within two seconds
-MAX_FILE_BYTES = 4 * 2**30  # the largest D4RL locomotion file has under 1 GiB
 UNBOUNDED = 1e10  # of an action; some write the largest float for infinity
+LEARNING = ("NormalizeObservation", "NormalizeReward")  # wrappers that change what a policy sees and is paid
 
-# (episodes and steps up to the last flag, mean return), bytes and sha256 of the published files. D4RL publishes no
-# checksums: these are what independent users have pinned.
+# Episodes and steps up to the last flag, mean return, and sha256 of the published files. D4RL publishes no checksums:
+# these are what independent users have pinned.
 KNOWN = {
-    "hopper-medium-v2": ((2186, 999_906, 1422.06), 152_756_557,
-        "5bdf1bc4a713c82941de44633df669b36c89850b652a25985166796d25cf71a0"),
-    "hopper-medium-replay-v2": ((2041, 402_000, 467.30), 75_854_457,
-        "e121c5f7c9857a307baa9edc6a2c3b48e85fedb9ac316ecddd0f48ca7ef4e39b"),
-    "hopper-medium-expert-v2": ((3213, 1_999_400, 2089.88), None,
-        "9d51ad87f8c905be3880d84c6140bcdb7fbf39a19e046a237f238ba34fec9e26"),
-    "hopper-expert-v2": ((1027, 999_494, 3511.36), None, None),
-    "walker2d-medium-v2": ((1190, 999_995, 2852.09), None, None),
-    "walker2d-medium-replay-v2": ((1093, 302_000, 682.70), 86_323_963,
-        "e75de96a4f77acf7d4e0d6fdf0d7ccb177c26c44bb4388e4fd99f543ccfa18db"),
-    "walker2d-medium-expert-v2": ((2190, 1_999_209, 3796.57), None, None),
-    "walker2d-expert-v2": ((1000, 999_214, 4920.51), None, None),
-    "halfcheetah-medium-v2": ((1000, 1_000_000, 4770.33), None, None),
-    "halfcheetah-medium-replay-v2": ((202, 202_000, 3093.29), None, None),
-    "halfcheetah-medium-expert-v2": ((2000, 2_000_000, 7713.38), None, None),
-    "halfcheetah-expert-v2": ((1000, 1_000_000, 10656.43), None, None),
+    "hopper-medium-v2": (2186, 999_906, 1422.06, "5bdf1bc4a713c82941de44633df669b36c89850b652a25985166796d25cf71a0"),
+    "hopper-medium-replay-v2":
+        (2041, 402_000, 467.30, "e121c5f7c9857a307baa9edc6a2c3b48e85fedb9ac316ecddd0f48ca7ef4e39b"),
+    "hopper-medium-expert-v2":
+        (3213, 1_999_400, 2089.88, "9d51ad87f8c905be3880d84c6140bcdb7fbf39a19e046a237f238ba34fec9e26"),
+    "hopper-expert-v2": (1027, 999_494, 3511.36, None),
+    "walker2d-medium-v2": (1190, 999_995, 2852.09, None),
+    "walker2d-medium-replay-v2":
+        (1093, 302_000, 682.70, "e75de96a4f77acf7d4e0d6fdf0d7ccb177c26c44bb4388e4fd99f543ccfa18db"),
+    "walker2d-medium-expert-v2": (2190, 1_999_209, 3796.57, None),
+    "walker2d-expert-v2": (1000, 999_214, 4920.51, None),
+    "halfcheetah-medium-v2": (1000, 1_000_000, 4770.33, None),
+    "halfcheetah-medium-replay-v2": (202, 202_000, 3093.29, None),
+    "halfcheetah-medium-expert-v2": (2000, 2_000_000, 7713.38, None),
+    "halfcheetah-expert-v2": (1000, 1_000_000, 10656.43, None),
 }  # fmt: skip
 
 
@@ -117,17 +113,15 @@ class OfflineDataset:
         return returns[self.complete] if self.complete.any() else returns
 
     @property
-    def cut(self) -> np.ndarray:
-        """[E] bool: a time limit ended it, long before that of the environment it is scored in."""
-        limit = self.spec.max_episode_steps if self.spec else None
-        return self.complete & ~self.terminated[self.last] & (self.lengths < 0.9 * (limit or 0))
+    def pieces(self) -> int:
+        """Episodes whose end nothing marks, or a time limit long before that of the environment they are scored in."""
+        short = self.lengths < 0.9 * (self.spec.max_episode_steps or 0)
+        return int((~self.complete | short & ~self.terminated[self.last]).sum())
 
     @property
     def mean_return(self) -> float | None:
-        """None where the rows are pieces of episodes: a third of the ends unmarked, or half of the episodes cut."""
-        marked = self.complete.sum()
-        pieces = marked <= 2 * (~self.complete[:-1]).sum() or 2 * self.cut.sum() > marked
-        return None if pieces else float(self.returns.mean())
+        """None where two thirds of the episodes are pieces."""
+        return None if 3 * self.pieces > 2 * len(self.lengths) else float(self.returns.mean())
 
     @cached_property
     def fingerprint(self) -> str:
@@ -165,25 +159,16 @@ def load_dataset(env_id: str, data_path: Path | None = None) -> OfflineDataset:
         if env_id in LOCAL_NAMES:
             _make_local(env_id)
         elif is_id and "/" in env_id and not env_id.startswith("local/"):
-            _download_minari(env_id)
+            _download(env_id, minari_root() / env_id, _nearest(env_id))
         else:
             raise UserError(f"unknown --env-id {env_id!r}; {_nearest(env_id)}")
     return _load_minari(env_id)
 
 
 def _nearest(env_id: str) -> str:
-    found = difflib.get_close_matches(env_id, D4RL_NAMES + LOCAL_NAMES, n=3, cutoff=0.5)
-    return (
-        f"nearest known: {', '.join(found or ['hopper-medium-v2', 'local/hopper/medium-v0'])}; or any Minari id, as "
-        "D4RL/pen/human-v2 for D4RL's other tasks; docs/data.md flattens Dict observations"
-    )
-
-
-def _folder(variable: str, usual: str) -> Path:
-    try:
-        return Path(os.environ.get(variable) or Path.home() / usual)
-    except RuntimeError:
-        raise UserError(f"there is no home directory to find {usual} in; set {variable} to a folder")
+    found = difflib.get_close_matches(env_id, D4RL_NAMES + LOCAL_NAMES)
+    found = ", ".join(found or ["hopper-medium-v2", "local/hopper/medium-v0"])
+    return f"nearest known: {found}; or any Minari id, as D4RL/pen/human-v2 for D4RL's other tasks"
 
 
 # ---- D4RL files
@@ -192,13 +177,14 @@ def _folder(variable: str, usual: str) -> Path:
 def _load_d4rl(env_id: str, data_path: Path | None) -> OfflineDataset:
     robot, quality = env_id.removesuffix("-v2").split("-", 1)
     name = f"{robot}_{quality.replace('-', '_')}-v2.hdf5"
-    path = data_path or Path(os.path.expanduser(_folder("D4RL_DATASET_DIR", ".d4rl/datasets"))) / name
+    path = data_path or Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser() / name
     if not os.path.isfile(path):
         if data_path is not None:
             raise UserError(f"--data-path {path} is no file that this user can see; give one in D4RL's HDF5 layout")
-        _download(env_id, path)
+        way_out = f"put {D4RL_ELSEWHERE}/{name} there, name a file with --data-path, or use local/{robot}/medium-v0"
+        _download(env_id, path, way_out)
     with _reading(path, "write or copy it again" if data_path else "delete it to download again"):
-        with _open(path) as file:
+        with h5py.File(path) as file:
             columns = {key: _array(file, key, f"D4RL's layout needs {', '.join(D4RL_KEYS)}") for key in D4RL_KEYS}
         facts = {"env_id": env_id, "source": "D4RL file", "path": str(path), "sha256": sha256_of(path)}
     spec = plain(gym.registry[ROBOTS[robot]])
@@ -213,82 +199,59 @@ def _compare_with_published(dataset: OfflineDataset) -> str:
     """One sentence; "not the published ..." if episodes, steps or mean return up to the last flag differ."""
     if dataset.env_id not in KNOWN:
         return f"no counts are known for the published {dataset.env_id} file"
-    (episodes, steps, mean), _, pinned = KNOWN[dataset.env_id]
-    if pinned and dataset.sha256 == pinned:
+    episodes, steps, mean, pinned = KNOWN[dataset.env_id]
+    if dataset.sha256 == pinned:
         return f"the published {dataset.env_id} file (sha256 as pinned)"
     flagged = dataset.last[dataset.complete]
     rows = int(flagged[-1]) + 1 if len(flagged) else 0
     found = dataset.reward[:rows].sum(dtype=np.float64) / max(len(flagged), 1)
     if (len(flagged), rows) == (episodes, steps) and abs(found - mean) <= 0.011:
-        hint = f", though its sha256 is {dataset.sha256} and users have pinned {pinned}" if pinned else ""
-        return f"counts and mean return are those of the published {dataset.env_id} file{hint}"
+        return f"counts and mean return are those of the published {dataset.env_id} file"
     return (
         f"not the published {dataset.env_id} file: {len(flagged):,} episodes, {rows:,} steps, mean return {found:.2f} "
         f"here, {episodes:,}, {steps:,} and {mean:.2f} there"
     )
 
 
-def _download(env_id: str, path: Path) -> None:
-    """Fetch a published file to path: from the first location that has it, resumed when cut, renamed when whole."""
-    part, (_, size, pinned) = path.with_name(path.name + ".part"), KNOWN.get(env_id, (None, None, None))
+# ---- Downloads
+
+
+def _download(env_id: str, path: Path, way_out: str) -> None:
+    """Have Hugging Face's client, or Minari's, which asks the same hub, put what env_id names at `path`."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(path, lambda: print(f"another process downloads {path}; waiting for it")):
-            if path.is_file():
-                return
-            _fetch(path, part)
-            found = part.stat().st_size, sha256_of(part)
-            if found != (size or found[0], pinned or found[1]):
-                rejected = part.replace(path.with_name(path.name + ".rejected"))
-                raise UserError(
-                    f"{rejected}: sha256 {found[1]} ({found[0]} bytes), but users have pinned {pinned} "
-                    f"({size or 'unknown'} bytes); delete it to download again, or use it with --data-path {rejected}"
-                )
-            part.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({one_line(error)}); set D4RL_DATASET_DIR to a folder that takes it")
+        hub = _answering_hub()
+        if env_id in D4RL_NAMES:
+            from huggingface_hub import hf_hub_download  # slow to import, and being offline is to be told at once
+
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with locked(path):
+                if not path.is_file():
+                    hf_hub_download(filename=path.name, **D4RL_ON_HUB, local_dir=path.parent, endpoint=hub)
+        else:
+            import minari
+
+            minari.download_dataset(env_id)
+    except Exception as error:  # the clients have types of their own, and not only OSError
+        raise UserError(f"{env_id} is not in {path} and cannot be downloaded ({one_line(error)}); {way_out}")
 
 
-def _fetch(path: Path, part: Path) -> None:
-    from huggingface_hub.file_download import http_get  # slow to import; serves any address, not only the hub's
+def _answering_hub() -> str:
+    """The address of Hugging Face's hub; ConnectionError if it gives no answer within CONNECT_SECONDS."""
+    hub, trouble = os.environ.get("HF_ENDPOINT", "https://huggingface.co"), [f"no answer within {CONNECT_SECONDS} s"]
 
-    answers = _ask([f"{location}/{path.name}" for location in D4RL_LOCATIONS])
-    for url, size in answers.items():
-        if isinstance(size, int) and not 0 < size <= MAX_FILE_BYTES:
-            answers[url] = f"announces {size} bytes; known files have 1 to {MAX_FILE_BYTES}"
-        elif isinstance(size, int):
-            if part.exists() and part.stat().st_size > size:
-                part.unlink()  # of something else
-            try:
-                with open(part, "ab") as file:
-                    return http_get(url, file, resume_size=file.tell(), expected_size=size)
-            except Exception as error:  # the client has types of its own, and not only OSError
-                answers[url] = one_line(error)
-    raise UserError(
-        f"{path.name} is not at {path} and cannot be downloaded ("
-        + "; ".join(f"{url}: {reason}" for url, reason in answers.items())
-        + f"); put it there, name one with --data-path, or use --env-id local/{path.name.split('_')[0]}/medium-v0"
-    )
-
-
-def _ask(urls: list[str]) -> dict[str, int | str]:
-    """The bytes that each url announces, or why it has no answer within CONNECT_SECONDS; all are asked at once."""
-    answers: dict[str, int | str] = dict.fromkeys(urls, f"no answer within {CONNECT_SECONDS} s")
-
-    def ask(url: str) -> None:
+    def ask() -> None:
         try:
-            with urllib.request.urlopen(url, timeout=CONNECT_SECONDS) as response:
-                answers[url] = int(response.headers["Content-Length"] or 0)
+            urllib.request.urlopen(hub, timeout=CONNECT_SECONDS).close()
+            trouble.clear()
         except (OSError, ValueError, http.client.HTTPException) as error:
-            answers[url] = one_line(error)
+            trouble[:] = [] if isinstance(error, urllib.error.HTTPError) else [one_line(error)]
 
-    threads = [threading.Thread(target=ask, args=(url,), daemon=True) for url in urls]  # to look up a name may hang
-    deadline = time.monotonic() + CONNECT_SECONDS
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(max(0.0, deadline - time.monotonic()))
-    return dict(answers)
+    thread = threading.Thread(target=ask, daemon=True)  # to look up a name may hang
+    thread.start()
+    thread.join(CONNECT_SECONDS)
+    if trouble:
+        raise ConnectionError(f"{hub}: {trouble[0]}")
+    return hub
 
 
 # ---- Minari data sets, remote ones and those made here
@@ -296,7 +259,7 @@ def _ask(urls: list[str]) -> dict[str, int | str]:
 
 def minari_root() -> Path:
     """Where Minari keeps its sets: this asks for the same variable and folder as Minari does."""
-    return _folder("MINARI_DATASETS_PATH", ".minari/datasets")
+    return Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets")
 
 
 def _make_local(env_id: str) -> None:
@@ -305,20 +268,6 @@ def _make_local(env_id: str) -> None:
     print(f"{'data':<16} making {env_id} from the shipped policies: a minute or two", flush=True)
     if (code := subprocess.run([sys.executable, script, "--env-id", env_id]).returncode) != 0:
         sys.exit(code if code > 0 else 130)  # collect.py has said why, in one line, or got a signal as we did
-
-
-def _download_minari(env_id: str) -> None:
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    (answer,) = _ask([hub]).values()
-    try:
-        if not isinstance(answer, int) and not answer.startswith("HTTP Error"):
-            raise ConnectionError(f"{hub}: {answer}")
-        import minari  # slow, and being offline is to be told at once
-
-        minari.download_dataset(env_id)
-    except Exception as error:  # the client has types of its own, and not only OSError
-        why = f"{env_id} is not in {minari_root() / env_id} and cannot be downloaded ({one_line(error)})"
-        raise UserError(f"{why}; {_nearest(env_id)}")
 
 
 def _load_minari(env_id: str) -> OfflineDataset:
@@ -336,7 +285,7 @@ def _load_minari(env_id: str) -> OfflineDataset:
         if stored.storage.FORMAT != "hdf5":
             raise UserError(f"{path} is in Minari's {stored.storage.FORMAT} format; store it with data_format='hdf5'")
         env = _recover(path, stored, metadata.get("requirements", ()))
-        with _open(main) as file:
+        with h5py.File(main) as file:
             columns, parted = _read_episodes(path, file, stored.episode_indices, again)
         facts = {"env_id": env_id, "path": str(path), "sha256": sha256_of(main), "spec": plain(stored.env_spec)}
     is_d4rl = metadata.get("physics") == "d4rl" and facts["spec"].version == 4 and robot_of(facts["spec"])
@@ -349,41 +298,32 @@ def _recover(path: Path, stored, requirements) -> gym.Env:
     """The environment that a Minari set names. UserError if there is none, or one of other spaces than the set's."""
     if stored.env_spec is None:
         raise UserError(
-            f"{path} names no environment to score in: store it with env=gym.make(...), as docs/data.md does; Minari "
-            "drops one whose arguments are no plain values (an array or a function in a wrapper: write a wrapper class "
-            "that inherits gymnasium.utils.RecordConstructorArgs)"
+            f"{path} names no environment to score in: store it with env=gym.make(...), as docs/data.md does; every "
+            "wrapper must inherit gymnasium.utils.RecordConstructorArgs and take plain values"
         )
     spec = plain(stored.env_spec)
     try:
         env = make_env(spec)
     except UserError as error:
         needs = f" (the set asks for {', '.join(requirements)})" if requirements else ""
-        raise UserError(
-            f"{path}: {error}; install what is missing{needs}; a wrapper can be made again if it can be imported and "
-            "inherits gymnasium.utils.RecordConstructorArgs: else record the set without it"
-        )
+        raise UserError(f"{path}: {error}; install what is missing{needs}, or record the set without that wrapper")
     for spaces in (stored, env):
         for space, what in ((spaces.observation_space, "observations"), (spaces.action_space, "actions")):
             if not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
                 raise UserError(
-                    f"{path} has {what} of {type(space).__name__}{space.shape or ''}; flat Boxes are needed: "
-                    "docs/data.md stores Dict, Tuple or image observations anew through FlattenObservation; discrete "
-                    "actions are not for these methods"
+                    f"{path} has {what} of {type(space).__name__}{space.shape or ''}, and flat Boxes are needed: "
+                    "docs/data.md flattens observations; discrete actions are not for these methods"
                 )
     ours, theirs = ((x.action_space.low, x.action_space.high) for x in (stored, env))
+    if np.abs(theirs).max() >= UNBOUNDED:
+        raise UserError(f"{path}: {described(spec)} sets its actions no bounds; give it a Box that has some")
     if ours[0].shape == theirs[0].shape and not np.allclose(ours, theirs):
         raise UserError(
             f"{path} has actions in {_told(*ours)}, but its environment {described(spec)} takes {_told(*theirs)}: "
             "record through gymnasium.wrappers.RescaleAction, or mend the metadata"
         )
-    usual = gym.registry.get(spec.id)
-    if usual and usual.entry_point != spec.entry_point:
-        warn(f"the set makes {spec.id} from {spec.entry_point}, which is not what gymnasium has under this name")
     if learning := [x.name for x in spec.additional_wrappers if x.name in LEARNING]:
-        warn(
-            f"{', '.join(learning)} learns statistics that the set does not hold: every evaluation begins without any, "
-            "and shows a policy other numbers than the data"
-        )
+        raise UserError(f"{path}: {learning[0]} learns statistics that no set holds; record the set without it")
     return env
 
 
@@ -411,43 +351,25 @@ def _read_episodes(path: Path, file: h5py.File, indices, again: str) -> tuple[di
 # ---- Files that cannot be read
 
 
-def _open(path: Path) -> h5py.File:
-    try:
-        return h5py.File(path)
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        return h5py.File(path, locking=False)  # it is only read
-
-
 def _array(file: h5py.File, key: str, way_out: str) -> np.ndarray:
     if key not in file or not isinstance(file[key], h5py.Dataset):
-        what = "a group where an array should be" if key in file else "missing"
-        raise UserError(f"{file.filename}: {key} is {what}; {way_out}")
+        raise UserError(f"{file.filename}: {key} is missing, or no array; {way_out}")
     return np.atleast_1d(file[key][()])
 
 
 @contextmanager
 def _reading(path: Path, again: str):
-    """UserError with the true cause if `path` cannot be read; `again` is the way out of damage."""
+    """UserError if `path` cannot be read; `again` is the way out of damage."""
     try:
         yield
     except UserError:
         raise
+    except BlockingIOError:
+        raise UserError(f"{path} is being written by another process: wait for it, or stop it")
     except Exception as error:  # h5py, Minari and gymnasium raise many types
-        words = one_line(error)
-        causes = {
-            "is being written by another process: wait for it, or stop it": isinstance(error, BlockingIOError),
-            f"may not be read by this user ({words}): look with ls -l, then chmod u+r or ask its owner":
-                isinstance(error, PermissionError),
-            f"is compressed by a filter that is missing here ({words}): repack it with gzip (h5repack -f GZIP=4)":
-                "filter" in words or "plugin" in words,
-            f"does not fit into memory ({words})": isinstance(error, MemoryError),
-            f"cannot be read ({words})": isinstance(error, OSError) and error.errno not in (None, errno.ENOENT),
-            f"cannot be read: no HDF5 file, or damaged or cut short; {again}": "file signature not found" in words,
-            f"cannot be read ({words}): damaged or cut short; {again}": True,
-        }  # fmt: skip
-        raise UserError(f"{path} {next(why for why, is_it in causes.items() if is_it)}")
+        whole = isinstance(error, MemoryError) or getattr(error, "errno", None) not in (None, errno.ENOENT)
+        why = "" if whole else f": damaged or cut short; {again}"
+        raise UserError(f"{path} cannot be read ({one_line(error)}){why}")
 
 
 # ---- For every source: what the data say of themselves, against their rows
@@ -474,7 +396,7 @@ def _checked(facts: dict, columns: dict, env: gym.Env, parted: np.ndarray | None
                 f"are Box {space.shape}: record in the environment that the set names, wrappers included"
             )
     obs, action, reward, next_obs, terminated, timeouts = (_column(path, key, columns[key]) for key in D4RL_KEYS)
-    low, high = _bounds(action, env.action_space)
+    low, high = (x.astype(np.float32) for x in (env.action_space.low, env.action_space.high))
     action = from_box(action, low, high)
     if (largest := float(np.abs(action).max())) > 1 + 1e-4:  # float32 rounding of a tanh policy is let pass
         row, i = np.argwhere(np.abs(action) == largest)[0]
@@ -499,9 +421,7 @@ def _checked(facts: dict, columns: dict, env: gym.Env, parted: np.ndarray | None
 
 
 def _column(path: str, name: str, array: np.ndarray) -> np.ndarray:
-    """As float32, a flag as bool [N]. UserError for what is no finite number, or a flag but 0 and 1; a warning where
-    float32 loses what tells the numbers apart.
-    """
+    """As float32, a flag as bool [N]. UserError for what is no finite number, or a flag but 0 and 1."""
     if array.dtype.kind not in "biuf":
         raise UserError(f"{path}: {name} holds {array.dtype}, not numbers")
     with np.errstate(over="ignore"):
@@ -512,27 +432,7 @@ def _column(path: str, name: str, array: np.ndarray) -> np.ndarray:
         place = np.argwhere(~good)[0]
         limit = "a flag is 0 or 1" if is_flag else "drop or mend what float32 does not take"
         raise UserError(f"{path}: {name} holds {array[tuple(place)]}, first in row {place[0]}; {limit}")
-    if is_flag:
-        return narrow.reshape(-1) > 0
-    if array.dtype.itemsize > 4:
-        flat = array.reshape(len(array), -1)
-        spread, step = np.ptp(flat, axis=0), np.spacing(np.abs(narrow).reshape(flat.shape).max(axis=0))
-        for i in np.flatnonzero((spread > 0) & (spread < 1000 * step))[:1]:
-            warn(
-                f"{name}: dimension {i} varies by {spread[i]:.3g} around {flat[0, i]:.6g}, where float32 has steps of "
-                f"{step[i]:.3g}: digits are lost; subtract the offset before storing"
-            )
-    return narrow
-
-
-def _bounds(action: np.ndarray, box: gym.spaces.Box) -> tuple[np.ndarray, np.ndarray]:
-    """low, high [action_dim] of the Box; of the data where the Box has none."""
-    low, high = box.low.astype(np.float32), box.high.astype(np.float32)
-    if np.abs([low, high]).max() >= UNBOUNDED:
-        low = np.where(low > -UNBOUNDED, low, action.min(axis=0))
-        high = np.where(high < UNBOUNDED, high, action.max(axis=0))
-        warn(f"the environment sets its actions no bounds: the data's own, {_told(low, high)}, are those of policies")
-    return low, high
+    return narrow.reshape(-1) > 0 if is_flag else narrow
 
 
 def _told(low: np.ndarray, high: np.ndarray) -> str:
@@ -543,7 +443,7 @@ def _told(low: np.ndarray, high: np.ndarray) -> str:
 def _judge(data: OfflineDataset, env: gym.Env) -> None:
     """Find the fall rule, and warn once of each thing in which the rows contradict the simulator or themselves."""
     name, last, limit, longest = described(data.spec), data.last, env.spec.max_episode_steps, int(data.lengths.max())
-    marked, unmarked = last[data.complete], last[:-1][~data.complete[:-1]]
+    marked = last[data.complete]
     first = {state.tobytes() for state in data.obs[last + 1 - data.lengths]}
     after = data.next_obs[marked]
     foreign = marked[[state.tobytes() in first or not state.any() for state in after]]
@@ -553,17 +453,10 @@ def _judge(data: OfflineDataset, env: gym.Env) -> None:
             "perhaps a vector environment's auto reset (store the final observation instead), or the episode goes on "
             "behind its flag; models learn these steps as they stand"
         )
-    if 2 * data.cut.sum() > data.complete.sum():
+    if data.mean_return is None:
         warn(
-            f"{data.cut.sum():,} of {len(last):,} episodes end by a time limit of their own, before {name}'s {limit:,} "
-            "steps: their mean return is not told, for evaluations go on to the end"
-        )
-    elif data.mean_return is None:
-        jump = np.abs(data.next_obs[unmarked] - data.obs[unmarked + 1]).max(initial=0)
-        warn(
-            f"{(~data.complete).sum():,} episodes end without a flag and {data.complete.sum():,} with one; at the "
-            f"former the next row lies up to {jump:.3g} away: perhaps pieces of episodes, so their mean return is not "
-            "told, and no window or return-to-go goes beyond a piece"
+            f"{data.pieces:,} of {len(last):,} episodes end without a flag, or by a time limit long before {name}'s: "
+            "their mean return is not told, for evaluations go on, and no window or return-to-go goes beyond a piece"
         )
     if limit is None:
         warn(f"{name} has no step limit: evaluation ends an episode after {longest:,} steps, the longest in the data")

@@ -33,8 +33,6 @@ RECORDERS = (
     "RecordEpisodeStatistics", "RecordVideo", "HumanRendering", "RenderCollection", "DataCollector",
     "StepDataCollector", "Monitor",
 )  # fmt: skip
-LEARNING = ("NormalizeObservation", "NormalizeReward")  # wrappers whose statistics no spec carries
-RENDERING = {"width", "height", "camera_id", "camera_name", "default_camera_config", "max_geom", "visual_options"}
 HEIGHT = {"HopperEnv": 1, "Walker2dEnv": 1, "AntEnv": 2, "HumanoidEnv": 2}  # where qpos has it; x (and y) stand before
 ENDLESS = ("HalfCheetahEnv", "SwimmerEnv", "ReacherEnv", "PusherEnv", "HumanoidStandupEnv", "PendulumEnv")
 
@@ -127,7 +125,7 @@ def is_unchanged(spec: EnvSpec) -> bool:
     if usual is None or spec.additional_wrappers or spec.max_episode_steps != usual.max_episode_steps:
         return False
     default = _defaults(spec.entry_point)
-    return all(np.array_equal(default.get(x), spec.kwargs[x]) for x in spec.kwargs.keys() - RENDERING)
+    return all(np.array_equal(default.get(x), spec.kwargs[x]) for x in spec.kwargs)
 
 
 def _defaults(creator) -> dict:
@@ -207,23 +205,19 @@ class Evaluator:
         spec, count = self.dataset.spec, len(self.envs)
         if spec.additional_wrappers:  # one may have a memory: every evaluation starts alike
             self.envs = [make_env(spec, self.physics) for _ in range(count)]
-        batches = [np.arange(count)]
-        if any(x.name in LEARNING for x in spec.additional_wrappers):  # as the data were recorded: one after the other
-            self.envs, batches = self.envs[:1] * count, np.arange(count)[:, None]
-        returns = np.zeros(count)
-        for self.running in batches:
-            obs = {i: self.envs[i].reset(seed=seed + int(i))[0] for i in self.running}
-            for _ in range(self.max_steps):
-                actions = policy(np.stack([obs[i] for i in self.running]).astype(np.float32))
-                actions = to_box(actions, self.dataset.action_low, self.dataset.action_high)
-                over = []
-                for i, action in zip(self.running, actions, strict=True):
-                    obs[i], reward, terminated, truncated, _ = self.envs[i].step(action)
-                    returns[i] += reward
-                    over.append(terminated or truncated)
-                self.running = self.running[~np.array(over)]
-                if len(self.running) == 0:
-                    break
+        returns, obs = np.zeros(count), [env.reset(seed=seed + i)[0] for i, env in enumerate(self.envs)]
+        self.running = np.arange(count)
+        for _ in range(self.max_steps):
+            actions = policy(np.stack([obs[i] for i in self.running]).astype(np.float32))
+            actions = to_box(actions, self.dataset.action_low, self.dataset.action_high)
+            over = []
+            for i, action in zip(self.running, actions, strict=True):
+                obs[i], reward, terminated, truncated, _ = self.envs[i].step(action)
+                returns[i] += reward
+                over.append(terminated or truncated)
+            self.running = self.running[~np.array(over)]
+            if len(self.running) == 0:
+                break
         return returns
 
     def score(self, mean_return: float) -> float | None:

@@ -4,12 +4,11 @@
     python -m common.export runs/stages/synthesize-KEY.safetensors --minari dawm/hopper-medium-v0
 
 Each rollout becomes an episode, ended by a fall or cut as at a time limit. Both forms say where they come from (data,
-arguments, versions, fingerprints of the stages) and how far the simulator agrees with a sample of the rows. Both are
-there whole or not at all, and nothing that exists is ever overwritten.
+arguments, versions, fingerprints of the stages); how true their rows are experiments/audit.py tells of the run. Both
+are there whole or not at all, and nothing that exists is ever overwritten.
 """
 
 import datetime
-import errno
 import json
 import os
 import re
@@ -22,8 +21,8 @@ from typing import Annotated
 
 from common import UserError
 from common.cli import tell
-from common.data import D4RL_KEYS, MINARI_KEYS, OfflineDataset, load_dataset, minari_root, warn
-from common.evaluation import Stepper, make_env, to_box
+from common.data import D4RL_KEYS, MINARI_KEYS, OfflineDataset, load_dataset, minari_root
+from common.evaluation import make_env, to_box
 from common.files import check_whole, disk_trouble, locked, one_line, sha256_of, sync
 
 import gymnasium as gym
@@ -33,9 +32,7 @@ import tyro
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-AUDITED = 20_000  # rows at most that the simulator is asked about
 NOT_OURS = ("local", "mujoco", "D4RL", "minigrid", "atari")  # namespaces of data sets that others take for recorded
-EPISODE_BYTES = 4_000  # about, of an episode in Minari's form, beside its numbers
 
 
 @dataclass
@@ -63,20 +60,15 @@ def main(args: Args) -> None:
             "next_obs, terminated; a variant with further columns exports with its own code"
         )
     provenance = provenance_of(args.source, manifest, valid)
-    provenance["audit"] = audit(rows[valid], dataset, run["physics"])
     lengths = valid.sum(1)[valid.any(1)]
-    columns = columns_of(rows[valid], dataset)
-    columns["timeouts"] = np.isin(np.arange(valid.sum()), np.cumsum(lengths) - 1) & ~columns["terminals"]
+    columns = columns_of(rows[valid], lengths, dataset)
     write = write_minari if args.minari else write_hdf5
     work = place / f".export-{name.replace('/', '-')}"
-    with locked(work, lambda: print(f"another process is writing {place / name}; waiting for it")):
+    with locked(work):
         refuse_existing(place, name)
         shutil.rmtree(work, ignore_errors=True)  # of a process that was killed while it wrote
         work.mkdir(parents=True)
         try:
-            needed = rows.nbytes + (EPISODE_BYTES * len(lengths) if args.minari else 0) + 2**20
-            if (free := shutil.disk_usage(work).free) < needed:
-                raise OSError(errno.ENOSPC, f"needs {needed / 2**20:,.0f} MiB of {free / 2**20:,.0f} MiB free")
             write(work, name, columns, lengths, dataset, provenance)
             for made in work.rglob("*"):
                 sync(made)
@@ -89,25 +81,19 @@ def main(args: Args) -> None:
     work.with_name(f"{work.name}.lock").unlink(missing_ok=True)
     file = place / name / "data" / "main_data.hdf5" if args.minari else place / name
     print(f"{place / name}: {len(columns['rewards']):,} rows in {len(lengths):,} rollouts, sha256 {sha256_of(file)}")
-    steps = int(lengths.max())
-    how = f"--env-id {args.minari or f'{dataset.robot}-medium-v2 --data-path {args.hdf5}'}"
-    short = f" --horizon {steps - 1} --model-horizon {steps - 1}" if 1 < steps < 8 else ""
-    alone = ", or --synthetic-fraction 0 for the agent alone" if steps > 1 else " --synthetic-fraction 0"
     if args.minari or dataset.robot:
+        data = args.minari or f"{dataset.robot}-medium-v2 --data-path {args.hdf5}"
         scale = " --laptop" * run["args"]["laptop"]
-        print(f"read back: python dawm_td3bc.py {how}{scale}{short}{alone}")
+        print(f"an agent on it alone: python dawm_td3bc.py --env-id {data}{scale} --synthetic-fraction 0")
 
 
 def minari_target(minari_id: str) -> tuple[Path, str]:
-    root = minari_root()
     if not re.fullmatch(r"[\w-]{2,}(/[\w-]+)+-v\d+", minari_id):
         raise UserError(f"--minari {minari_id!r} is no Minari id; give NAMESPACE/NAME-vN, such as dawm/hopper-v0")
     if minari_id.split("/")[0] in NOT_OURS:
         raise UserError(f"--minari {minari_id}: {minari_id.split('/')[0]}/ is for recorded data; give another one")
-    if inside := [x for x in (root / minari_id).parents if (x / "data").exists() and root in x.parents]:
-        raise UserError(f"--minari {minari_id} lies inside the data set {inside[0]}; give another id")
-    root.mkdir(parents=True, exist_ok=True)
-    return root, minari_id
+    minari_root().mkdir(parents=True, exist_ok=True)
+    return minari_root(), minari_id
 
 
 def refuse_existing(place: Path, name: str) -> None:
@@ -138,12 +124,16 @@ def read_set(source: Path) -> tuple[np.ndarray, np.ndarray, dict]:
         raise UserError(f"{source} is no kept set of complete transitions ({one_line(error)})")
 
 
-def columns_of(rows: np.ndarray, dataset: OfflineDataset) -> dict[str, np.ndarray]:
-    """Rows [N, row_dim] as D4RL's arrays but the time-outs, actions in the environment's units."""
+def columns_of(rows: np.ndarray, lengths: np.ndarray, dataset: OfflineDataset) -> dict[str, np.ndarray]:
+    """Rows [N, row_dim] of rollouts, end to end, as D4RL's arrays, actions in the environment's units; a rollout that
+    no fall ends is timed out.
+    """
     obs_dim, action_dim = dataset.obs.shape[1], dataset.action.shape[1]
     obs, action, reward, next_obs, terminated = np.split(rows, np.cumsum([obs_dim, action_dim, 1, obs_dim]), axis=1)
     action = to_box(action, dataset.action_low, dataset.action_high).astype(np.float32)
-    return dict(zip(D4RL_KEYS, (obs, action, reward[:, 0], next_obs, terminated[:, 0] > 0), strict=False))
+    terminals = terminated[:, 0] > 0
+    timeouts = np.isin(np.arange(len(rows)), np.cumsum(lengths) - 1) & ~terminals
+    return dict(zip(D4RL_KEYS, (obs, action, reward[:, 0], next_obs, terminals, timeouts), strict=True))
 
 
 # ---- The two forms
@@ -173,16 +163,14 @@ def write_hdf5(work: Path, name: str, columns: dict, lengths: np.ndarray, datase
 @contextmanager
 def minari_writes_to(root: Path):
     """Minari's library writes its sets under `root`, and does not ask for an author's address."""
-    before = os.environ.get("MINARI_DATASETS_PATH")
+    before = minari_root()
     os.environ["MINARI_DATASETS_PATH"] = str(root)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        del os.environ["MINARI_DATASETS_PATH"]
-        if before is not None:
-            os.environ["MINARI_DATASETS_PATH"] = before
+        os.environ["MINARI_DATASETS_PATH"] = str(before)
 
 
 def write_minari(work: Path, name: str, columns: dict, lengths: np.ndarray, dataset, provenance: dict) -> None:
@@ -241,50 +229,6 @@ def provenance_of(source: Path, manifest: dict, valid: np.ndarray) -> dict:
         "source": {"file": str(source), "fingerprint": manifest["fingerprint"], "depends": manifest["depends"]},
         "counts": {"transitions": int(valid.sum()), "rollouts": len(valid), "longest_rollout": int(valid.sum(1).max())},
         **{key: told[key] for key in ("data", "args", "constants", "physics", "versions", "git", "code", "hardware")},
-    }
-
-
-def audit(rows: np.ndarray, dataset: OfflineDataset, physics: str) -> dict | str:
-    """How far the simulator agrees with some of rows [N, row_dim], drawn at random; a warning where that is far.
-
-    Errors are in standard deviations of the real data: of a state the root mean square over its dimensions.
-    """
-    try:
-        simulate = Stepper(dataset, physics)
-    except UserError as error:
-        return f"not available: {error}"
-    rows = rows[np.sort(np.random.default_rng(0).permutation(len(rows))[:AUDITED])]
-    obs, _, reward, next_obs, terminated = columns_of(rows, dataset).values()
-    true_next, true_reward, true_terminated = simulate(obs, rows[:, obs.shape[1] :][:, : dataset.action.shape[1]])
-    known = simulate.checkable(obs) & np.isfinite(true_next).all(1)
-    if not known.any():
-        return f"not available: the simulator's state is unknown for all of {len(known)} rows"
-    told, true = terminated[known], true_terminated[known]
-    errors = {
-        "state_error": np.sqrt(np.square((next_obs - true_next) / (dataset.obs.std(0, dtype=float) + 1e-6)).mean(1)),
-        "reward_error": np.abs(reward - true_reward) / (dataset.reward.std(dtype=float) + 1e-6),
-    }
-    spread = {
-        name: dict(zip(("median", "90%"), np.quantile(error[known], (0.5, 0.9)).tolist(), strict=True))
-        for name, error in errors.items()
-    }
-    if max(found["median"] for found in spread.values()) > 1:
-        warn(
-            f"median errors of states and rewards are {spread['state_error']['median']:.2g} and "
-            f"{spread['reward_error']['median']:.2g} standard deviations of the data: are the columns what their names "
-            "say?"
-        )
-    return {
-        "rows": len(known),
-        "uncheckable_share": float(1 - known.mean()),
-        **spread,
-        "termination": {
-            "agreement": float((told == true).mean()),
-            "told": int(told.sum()),
-            "in_the_simulator": int(true.sum()),
-            "both": int((told & true).sum()),
-        },
-        "units": "standard deviations of the real data; a state's is the root mean square over its dimensions",
     }
 
 

@@ -11,8 +11,6 @@ from common import UserError
 
 from filelock import FileLock, Timeout
 
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system that grants none
-
 
 def sha256_of(path: Path) -> str:
     with open(path, "rb") as file:
@@ -24,7 +22,7 @@ def write_whole(path: Path, write, checksum: bool = False) -> None:
 
     With `checksum` its sha256 is put beside it first: a file without one was never finished.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.part")  # what a kill leaves of it, the next write replaces
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -42,7 +40,7 @@ def write_whole(path: Path, write, checksum: bool = False) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_whole(path, lambda file: file.write(text.encode(errors="surrogateescape")))
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def check_whole(path: Path, way_out: str) -> None:
@@ -68,37 +66,31 @@ def sync(path: Path) -> None:
     os.close(handle)
 
 
-def take_lock(path: Path, waiting=None) -> FileLock | None:
-    """The lock on `path`, once no other process has it; waiting() tells the user so. Without `waiting`, UserError if
-    another has it. None where the file system knows no locks: two runs of one command must not meet there.
-    """
+def take_lock(path: Path, wait: bool = False) -> FileLock:
+    """The lock on `path`, which no other process has then: it is waited for, or UserError. OSError as of any file."""
     lock = FileLock(f"{path}.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        if waiting is None:
+        if not wait:
             raise UserError(f"another process has {path} in hand; wait for it, or stop it")
-        waiting()
+        print(f"another process has {path} in hand; waiting for it", flush=True)
         lock.acquire()
-    except (OSError, NotImplementedError) as error:
-        if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
+    except OSError as error:
+        if error.errno != errno.ENOLCK:
             raise
-        print(
-            f"note             {path.parent} is on a file system without locks: start no second run of the same there"
-        )
-        return None
+        raise UserError(f"{path.parent} is on a file system without locks; choose a folder on another")
     return lock
 
 
 @contextmanager
-def locked(path: Path, waiting=None):
-    """`take_lock` for the length of a block."""
-    lock = take_lock(path, waiting)
+def locked(path: Path):
+    """`take_lock`, waiting, for the length of a block."""
+    lock = take_lock(path, wait=True)
     try:
         yield
     finally:
-        if lock:
-            lock.release()
+        lock.release()
 
 
 def disk_trouble(path, error: Exception) -> str:

@@ -4,6 +4,7 @@ import csv
 import datetime
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -59,13 +60,13 @@ class Run:
         self.made_on += " with tf32" if args.tf32 else ""
         if args.compile and not reading and shutil.which(os.environ.get("CXX", "g++")) is None:
             raise UserError("--compile needs a C++ compiler: install g++, name another in CXX, or run without it")
+        if args.track and importlib.util.find_spec("wandb") is None:
+            raise UserError("--track needs Weights & Biases: pip install wandb")
         args.exp_name = args.exp_name or Path(sys.modules[type(args).__module__].__file__).stem
-        if "/" in args.exp_name or not args.exp_name.isprintable() or len(args.exp_name.encode(errors="replace")) > 100:
-            raise UserError(f"--exp-name {args.exp_name[:40]!r}: use up to 100 printable characters and no slash")
+        if "/" in args.exp_name or len(args.exp_name) > 100:
+            raise UserError(f"--exp-name {args.exp_name[:40]!r}: use up to 100 characters and no slash")
         places = {} if reading else {"--run-dir": args.run_dir, "--stage-dir": args.stage_dir}
         for flag, place in places.items():
-            if not str(place).isprintable():  # TensorBoard takes no bytes that are no text
-                raise UserError(f"{flag} {place} has bytes that are no text; give another")
             try:
                 place.mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=place).close()
@@ -122,7 +123,9 @@ class Run:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         if self.args.track:
-            _import_wandb().init(project=self.args.wandb_project, name=self.folder.name, sync_tensorboard=True)
+            import wandb
+
+            wandb.init(project=self.args.wandb_project, name=self.folder.name, sync_tensorboard=True)
         self.metrics_file = open(self.folder / "metrics.jsonl", "w", buffering=1)
         self.tensorboard = SummaryWriter(str(self.folder))
         self.say("data", f"{data['env_id']}: {data['source']} {data['path']}")
@@ -140,7 +143,7 @@ class Run:
         self.stages["start, data"] = (time.monotonic() - self.started, "")
 
     def _take_folder(self, key: str) -> None:
-        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")  # two of one command may start in the same second
         stem = f"{self.args.env_id.replace('/', '-')}__{self.args.exp_name}__{self.args.seed}__"
         found = [x for x in self.args.run_dir.iterdir() if x.name.startswith(stem) and x.name.endswith(f"__{key}")]
         for folder in sorted(found, reverse=True) if self.args.checkpoint_every else ():
@@ -155,13 +158,8 @@ class Run:
                 events.unlink()
             self.say("resumed", f"{folder} was interrupted; it goes on")
             return
-        for number in range(1, 100):  # two runs of one command may start in the same second
-            self.folder = self.args.run_dir / f"{stem}{stamp}{'' if number == 1 else f'-{number}'}__{key}"
-            try:
-                self.folder.mkdir()
-                break
-            except FileExistsError:
-                continue
+        self.folder = self.args.run_dir / f"{stem}{stamp}__{key}"
+        self.folder.mkdir()
         self.lock = take_lock(self.folder / "run")
 
     def seed(self, stage: str, seed: int) -> None:
@@ -228,10 +226,9 @@ class Run:
         rows += [("total", f"{total:7.1f} s"), ("peak memory", f"{_peak_memory_gib():.2f} GiB")]
         rows += [*results.items(), *self._verdict().items()]
         rows += [("folder", str(self.folder)), ("plot", str(self.folder / "curves.png"))]
-        python = sys.executable.removeprefix(f"{os.getcwd()}/")  # where no environment has been activated
-        gif = " --gif policy.gif" * bool(self.content["data"]["robot"])
-        if "eval/episodic_return" in self.history:
-            rows += [("to watch it" if gif else "more of it", f"{python} experiments/policy.py {self.folder}{gif}")]
+        if self.content["data"]["robot"] and "eval/episodic_return" in self.history:
+            python = sys.executable.removeprefix(f"{os.getcwd()}/")  # where no environment has been activated
+            rows += [("to watch it", f"{python} experiments/policy.py {self.folder} --gif policy.gif")]
         width = max(len(name) for name, _ in rows)
         table = "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
         print(f"\n{'-' * 72}\n{table}\n{'-' * 72}")
@@ -240,8 +237,7 @@ class Run:
         self.tensorboard.close()
         self.metrics_file.close()
         write_text(self.folder / "summary.txt", table + "\n")  # last: it says that the run has finished
-        if self.lock:
-            self.lock.release()
+        self.lock.release()
         (self.folder / "run.lock").unlink(missing_ok=True)
 
     def _verdict(self) -> dict[str, str]:
@@ -266,48 +262,28 @@ class Run:
         return [row for row in rows if (row["fingerprint"], row["physics"]) == here]
 
     def _plot(self) -> None:
-        """The return beside the data's mean and the known controls, large; what was trained, small, held out or not."""
+        """A panel for each metric, with its held-out twin; the return beside the data's mean and the known controls."""
         from matplotlib.figure import Figure  # slow to import
 
-        names = [n for n in self.history if len(self.history[n]) > 1 and not n.startswith(("time/", "eval/"))]
+        left_out = ("time/", "eval/episodic_return_std", "eval/normalized_score")
+        names = [n for n in self.history if len(self.history[n]) > 1 and not n.startswith(left_out)]
         names = [n for n in names if "/val_" not in n or n.replace("/val_", "/", 1) not in names]
-        half = -(-len(names) // 2)
-        large = ["return"] * 2 if "eval/episodic_return" in self.history else []
-        below = names[half:] + ["."] * (2 * half - len(names))
-        if not names + large:
-            return
-        figure = Figure(figsize=(2.6 * (half + len(large)), 5.2), layout="constrained")
-        panels = figure.subplot_mosaic([large + names[:half], large + below])
-        for name in names:
-            panels[name].set_title(name, fontsize=9)
-            panels[name].plot(*zip(*self.history[name], strict=True), label="training")
-            if (held_out := name.replace("/", "/val_", 1)) in self.history:
-                panels[name].plot(*zip(*self.history[held_out], strict=True), label="held out")
-                panels[name].legend(fontsize=8)
-        if large:
-            self._plot_return(panels["return"])
-        for axis in panels.values():
-            axis.tick_params(labelsize=8)
-            axis.ticklabel_format(axis="x", style="sci", scilimits=(-3, 4))
-            axis.grid(alpha=0.3)
-        figure.suptitle(f"{self.args.exp_name} on {self.args.env_id}, seed {self.args.seed}")
-        figure.supxlabel("gradient updates of each stage", fontsize=9)
-        write_whole(self.folder / "curves.png", lambda file: figure.savefig(file, dpi=100, format="png"))
-
-    def _plot_return(self, axis) -> None:
-        steps, returns = zip(*self.history["eval/episodic_return"], strict=True)
-        spread = [value for _, value in self.history.get("eval/episodic_return_std", [])] or None
-        label = f"this run: {returns[-1]:.1f} at the end"
-        if len(returns) > 1:
-            label += f", mean of the curve {np.mean(returns):.1f}"
-        axis.errorbar(steps, returns, spread, marker=".", elinewidth=0.8, capsize=2, label=label)
+        levels = {row["control"]: float(row["return"]) for row in self._controls()}
         if (mean := self.content["data"]["mean_return"]) is not None:
-            axis.axhline(mean, color="black", linestyle="--", label=f"mean of the data's episodes: {mean:.1f}")
-        for row, color in zip(self._controls(), ("tab:green", "tab:orange", "tab:red"), strict=False):
-            label = f"{row['control']}, mean of the curve: {row['return']}"
-            axis.axhline(float(row["return"]), color=color, linestyle="-.", label=label)
-        axis.set_ylabel(f"return of an episode; bars: std over {self.args.eval_episodes} episodes", fontsize=9)
-        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), fontsize=9, frameon=False)
+            levels["the data's mean"] = mean
+        columns = max(1, -(-len(names) // 2))
+        figure = Figure(figsize=(4 * columns, 7), layout="constrained")
+        for place, name in enumerate(names, 1):
+            axis = figure.add_subplot(2, columns, place, title=name)
+            axis.plot(*zip(*self.history[name], strict=True), label="this run")
+            if (held_out := name.replace("/", "/val_", 1)) in self.history:
+                axis.plot(*zip(*self.history[held_out], strict=True), label="held out")
+            for number, (label, value) in enumerate(levels.items() if name == "eval/episodic_return" else ()):
+                axis.axhline(value, color=f"C{number + 1}", linestyle="--", label=f"{label}: {value:.1f}")
+            axis.legend()
+        figure.suptitle(f"{self.args.exp_name} on {self.args.env_id}, seed {self.args.seed}")
+        figure.supxlabel("gradient updates of each stage")
+        write_whole(self.folder / "curves.png", lambda file: figure.savefig(file, dpi=80, format="png"))
 
 
 def _select_device(args) -> torch.device:
@@ -320,17 +296,7 @@ def _select_device(args) -> torch.device:
     # Both alike: torch itself leaves products exact and takes TF32 for convolutions.
     torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = args.tf32
-    if args.track:
-        _import_wandb()
     return device
-
-
-def _import_wandb():
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("--track needs Weights & Biases: pip install wandb")
-    return wandb
 
 
 def _module_of(args) -> str:

@@ -59,10 +59,7 @@ class Stage:
     def __enter__(self):
         self.lock = None
         if not self.run.reading:
-            waiting = f"another process has {self.path} in hand; waiting for it"
-            self.lock = take_lock(self.path, lambda: self._say(waiting))
-            for left in self.path.parent.glob(f".{self.path.name}.*"):  # of a process that was killed while it kept
-                left.unlink(missing_ok=True)
+            self.lock = take_lock(self.path, wait=True)
         self.run.kept[self.name] = str(self.path.absolute())
         self.run.elsewhere, self.first_record = 0.0, len(self.run.records)
         self.start = self.last_saved = self.last_line = time.monotonic()
@@ -78,7 +75,6 @@ class Stage:
                 raise UserError(f"{self.run.folder} has no {self.path}: made by other code, or deleted; run it again")
             else:
                 self._restore()
-                self._check_space()
         except BaseException as error:
             self.__exit__(type(error))
             raise
@@ -213,19 +209,6 @@ class Stage:
         self.run.before += self.before
         self._say(f"goes on at {self.at:,} of {self.total:,} {self.unit}s, from {path}")
 
-    def _check_space(self) -> None:
-        """UserError if three checkpoints, two kept and one in the making, will not fit beside those that are there."""
-        size = sum(tensor.nbytes for tensor in tensors_in([state_of(thing) for thing in self.saves]))
-        if not self.done:  # Adam's two moments are made by its first update
-            groups = [g for x in self.saves if isinstance(x, torch.optim.Optimizer) for g in x.param_groups]
-            size += 2 * sum(parameter.nbytes for group in groups for parameter in group["params"])
-        free = shutil.disk_usage(self.path.parent).free + sum(x.stat().st_size for x in self.checkpoints.glob("*.pt"))
-        if self.every and 3 * size > free:
-            raise UserError(
-                f"the checkpoints of stage {self.name} need {3 * size / 2**20:,.0f} MiB in {self.path.parent}, which "
-                f"has {free / 2**20:,.0f} MiB free; make room, or --checkpoint-every 0 makes none"
-            )
-
 
 # ---- What a result depends on
 
@@ -290,29 +273,18 @@ def save_checkpoint(folder: Path, number: int, content: dict) -> Path:
 
 
 def load_checkpoint(folder: Path, device: torch.device, say) -> tuple[Path | None, dict | None]:
-    """The newest whole checkpoint, or None where none was ever finished. A damaged one is told and set aside.
-
-    UserError if all are damaged or foreign.
-    """
-    damaged = []
-    for left in folder.glob(".*.pt*"):  # of a process that was killed while it wrote
-        left.unlink(missing_ok=True)
+    """The newest whole checkpoint, or None. A damaged one is told and set aside; UserError for a foreign one."""
     for path in sorted(folder.glob("*.pt"), reverse=True):
         try:
             check_whole(path, "not used")
         except UserError as error:
             say(str(error))
-            damaged.append(path)
+            path.rename(f"{path}.damaged")  # not to be taken for the checkpoint before the next one
             continue
         try:
-            content = torch.load(path, map_location=device, weights_only=True)
+            return path, torch.load(path, map_location=device, weights_only=True)
         except Exception as error:  # of many types; weights_only unpickles nothing but tensors and plain values
             raise UserError(f"{path} holds more than tensors and plain values ({one_line(error)[:200]}); delete it")
-        for other in damaged:  # not to be taken for the checkpoint before the next one
-            other.rename(f"{other}.damaged")
-        return path, content
-    if damaged:
-        raise UserError(f"no checkpoint in {folder} is whole; delete that folder to begin the stage again")
     return None, None
 
 
@@ -329,19 +301,13 @@ def fill(thing, state) -> None:
         thing.load_state_dict(state)
 
 
-def tensors_in(state):
-    """All tensors in nested dicts, lists and tuples."""
-    if torch.is_tensor(state):
-        yield state
-    elif isinstance(state, dict | list | tuple):
-        for part in state.values() if isinstance(state, dict) else state:
-            yield from tensors_in(part)
-
-
 def all_finite(state) -> bool:
     """Whether no tensor in nested dicts, lists and tuples holds NaN or infinity."""
-    numbers = [x for x in tensors_in(state) if x.is_floating_point() and x.numel()]
-    return all(bool(end.isfinite()) for x in numbers for end in x.aminmax())  # NaN passes through; 30 times as fast
+    if torch.is_tensor(state):
+        ends = state.aminmax() if state.is_floating_point() and state.numel() else ()
+        return all(bool(end.isfinite()) for end in ends)  # NaN passes through; 30 times as fast
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
+    return all(map(all_finite, parts))
 
 
 def random_streams() -> dict:

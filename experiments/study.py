@@ -312,11 +312,9 @@ def locked_now(log: Path) -> bool:
     if not Path(f"{log}.lock").exists():
         return False
     try:
-        lock = take_lock(log)
+        take_lock(log).release()
     except UserError:
         return True
-    if lock:
-        lock.release()
     return False
 
 
@@ -386,7 +384,7 @@ class Attempt:
         log = log_of(self.job, self.run_dir)
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
-            with locked(log, waiting=lambda: None):  # another study may have it in hand
+            with locked(log):  # another study may have it in hand
                 code = 0 if done_in(self.job, folders_in(self.run_dir)) else STOPPED
                 while code == STOPPED and not Signals.received:
                     code = self.once(log)

@@ -124,7 +124,7 @@ def d4rl_name(env_id: str) -> str:
 def d4rl_return(env_id: str) -> str:
     name = d4rl_name(env_id)
     spread = f" ± {D4RL_STD[name]:,}" if name in D4RL_STD else ""
-    return f"{KNOWN[name][0][2]:,.0f}{spread}" if name in KNOWN else "not known to us"
+    return f"{KNOWN[name][2]:,.0f}{spread}" if name in KNOWN else "not known to us"
 
 
 def draw_returns(datasets: list[OfflineDataset], path: Path) -> None:
@@ -141,7 +141,7 @@ def draw_returns(datasets: list[OfflineDataset], path: Path) -> None:
         axis.set_axis_on()
         axis.hist(dataset.returns, bins=40, color="tab:blue")
         if (name := d4rl_name(dataset.env_id)) in KNOWN:
-            axis.axvline(KNOWN[name][0][2], color="black", linestyle="--", linewidth=1)
+            axis.axvline(KNOWN[name][2], color="black", linestyle="--", linewidth=1)
         axis.set_title(f"{robot} {quality}", fontsize=8)
         axis.tick_params(labelsize=7)
         axis.set_yticks([])

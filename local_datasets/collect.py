@@ -233,7 +233,7 @@ def main(args: Args) -> None:
         folder = minari_root() / args.env_id
         work = minari_root() / ".collect" / args.env_id.replace("/", "-")  # Minari does not list hidden folders
         work.parent.mkdir(parents=True, exist_ok=True)
-        with locked(work, lambda: print(f"another process is making {args.env_id}; waiting for it", flush=True)):
+        with locked(work):
             different = differences(folder, recipe) if folder.exists() else ""
             if different and not args.force:
                 raise UserError(f"{folder} {different}; --force replaces it")

@@ -8,7 +8,6 @@ import errno
 import fcntl
 import hashlib
 import json
-import os
 import re
 import shutil
 import socket
@@ -18,6 +17,7 @@ import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 from common import UserError, data
 from common.data import load_dataset
@@ -117,10 +117,7 @@ def sha256(content: bytes) -> str:
 
 @pytest.fixture
 def warned(capsys):
-    """load_dataset(...) -> the data, and the warnings printed, without their tag.
-
-    But for that of episodes that a time limit cut, as these tests' own are, unless it is asked for.
-    """
+    """load_dataset(...) -> the data, and the warnings printed, without their tag; `cut`: that of short episodes too."""
 
     def load(*args, cut=False):
         capsys.readouterr()
@@ -128,7 +125,8 @@ def warned(capsys):
         lines = capsys.readouterr().out.splitlines()
         assert all(line.startswith("warning          ") for line in lines)
         told = [line.removeprefix("warning          ") for line in lines]
-        return loaded, [line for line in told if cut or "by a time limit of their own" not in line]
+        assert not cut or "or by a time limit long before" in told.pop(0)
+        return loaded, told
 
     return load
 
@@ -145,7 +143,7 @@ def nobody():
 def here(folders, monkeypatch, nobody):
     """Empty folders, no knowledge of published files, and no way out of this machine."""
     monkeypatch.setattr(data, "KNOWN", {})
-    monkeypatch.setattr(data, "D4RL_LOCATIONS", (nobody,))
+    monkeypatch.setenv("HF_ENDPOINT", nobody)
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("https_proxy", nobody)
@@ -226,8 +224,8 @@ def test_the_fingerprint_is_that_of_the_rows(folders):
 # ---- Published counts
 
 
-def publish(monkeypatch, counts=PUBLISHED, size=None, pinned=None):
-    monkeypatch.setattr(data, "KNOWN", {NAME: (counts, size, pinned)})
+def publish(monkeypatch, counts=PUBLISHED, pinned=None):
+    monkeypatch.setattr(data, "KNOWN", {NAME: (*counts, pinned)})
 
 
 def test_counts_that_agree(folders, monkeypatch):
@@ -239,9 +237,8 @@ def test_counts_that_agree(folders, monkeypatch):
     assert loaded.note == f"counts and mean return are those of the published {NAME} file"
     publish(monkeypatch, pinned=loaded.sha256)
     assert load_dataset(NAME).note == f"the published {NAME} file (sha256 as pinned)"
-    publish(monkeypatch, pinned="0" * 64)  # same content, packed anew: both hashes are told
-    note = load_dataset(NAME).note
-    assert note.startswith("counts and mean return are") and loaded.sha256 in note and "0" * 64 in note
+    publish(monkeypatch, pinned="0" * 64)  # same content, packed anew
+    assert load_dataset(NAME).note.startswith("counts and mean return are those")
 
 
 @pytest.mark.parametrize("counts", [(4, 18, 51.0), (3, 17, 51.0), (3, 18, 51.02)])
@@ -265,7 +262,7 @@ UNKNOWN = {  # name: a part of what is offered instead
     "zzz": "local/hopper/medium-v0",  # like nothing known: the two first choices are offered
     "mine-v0": "local/hopper/medium-v0",  # a Minari id without a namespace, and not on this machine
     "": "hopper-medium-v2",
-    **dict.fromkeys(("antmaze-umaze-v2", "pen-human-v1"), "D4RL/pen/human-v2 for D4RL's other tasks; docs/data.md"),
+    **dict.fromkeys(("antmaze-umaze-v2", "pen-human-v1"), "D4RL/pen/human-v2 for D4RL's other tasks"),
     # Ids that lead out of the root, where a readable set lies.
     **dict.fromkeys(("../../etc/passwd-medium-v2", "../x-v0", "foo/../../x-v0", "local/../../x-v0"), ""),
     **dict.fromkeys(("./x-v0", "foo//x-v0", "foo/x-v0/", "foo/x-v0\n", "foo\\..\\x-v0", "foo/x\0-v0"), ""),
@@ -285,11 +282,11 @@ def test_unknown_names(folders, made, env_id):
 
 
 def test_data_path(folders):
-    """No file, a folder, no name at all; another name than D4RL's; bytes that are no text are a good name."""
+    """No file, a folder, no name at all; another name than D4RL's."""
     for path in (folders / "none.hdf5", folders / "d4rl", folders / ("x" * 300)):
         message = refused(load_dataset, NAME, path)
         assert f"{path} is no file" in message and "D4RL's HDF5 layout" in message
-    path = write(folders / os.fsdecode(b"caf\xe9.hdf5"), hopper_arrays())
+    path = write(folders / "mine.hdf5", hopper_arrays())
     message = refused(load_dataset, "local/hopper/medium-v0", path)
     assert "--data-path" in message and "local/hopper/medium-v0" in message and NAME in message
     assert load_dataset(NAME, path).path == str(path)
@@ -297,56 +294,19 @@ def test_data_path(folders):
     assert "damaged or cut short" in refused(load_dataset, NAME, path)
 
 
-def test_no_home(folders, monkeypatch):
-    def home():
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(Path, "home", home)
-    assert load_dataset(NAME, write(folders / "mine.hdf5", hopper_arrays())).robot == "hopper"  # needs no home
-    for variable, folder, env_id in (
-        ("D4RL_DATASET_DIR", ".d4rl/datasets", NAME),
-        ("MINARI_DATASETS_PATH", ".minari/datasets", "local/hopper/medium-v0"),
-    ):
-        monkeypatch.delenv(variable)
-        message = refused(load_dataset, env_id)
-        assert f"no home directory to find {folder} in; set {variable} to a folder" in message
-
-
-def holds(error: OSError):
-    """An h5py.File that fails with `error` when it is to lock the file."""
-    whole = h5py.File
-
-    def file(path, *args, locking=True, **options):
-        if locking:
-            raise error
-        return whole(path, *args, locking=False, **options)
-
-    return file
-
-
 def test_good_files_that_cannot_be_read(folders, monkeypatch):
-    """Each cause by its name and with its way out; none is called damaged, and no user is told to delete a file."""
-    path = write(folders / "mine.hdf5", hopper_arrays(), compression="lzf")
+    """The cause, as the system has it; none is called damaged, and no user is told to delete a file."""
+    path = write(folders / "mine.hdf5", hopper_arrays())
     with open(path) as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # as a process does that writes it
         messages = {"is being written by another process: wait": refused(load_dataset, NAME, path)}
-    with monkeypatch.context() as patch:
-        for cause, error in (
-            ("may not be read by this user", PermissionError(errno.EACCES, "Permission denied")),
-            ("cannot be read ([Errno 5] Input/output error)", OSError(errno.EIO, "Input/output error")),
-            ("does not fit into memory", MemoryError("8 GiB")),
-        ):
-            patch.setattr(h5py, "File", holds(error))
-            messages[cause] = refused(load_dataset, NAME, path)
-            patch.undo()
-        patch.setattr(h5py, "File", holds(OSError(errno.ENOLCK, "No locks available")))
-        assert load_dataset(NAME, path).robot == "hopper"  # a file system without locks: read without one
-    content = path.read_bytes().replace(b"\x00\x7d\x08", b"\x0f\x7d\x08")  # filter 32000 is lzf; 32015 is none known
-    path.write_bytes(content)
-    messages["compressed by a filter that is missing here"] = refused(load_dataset, NAME, path)
+    for error in (PermissionError(errno.EACCES, "Permission denied"), OSError(errno.EIO, "I/O"), MemoryError("8 GiB")):
+        with monkeypatch.context() as patch:
+            patch.setattr(h5py, "File", Mock(side_effect=error))
+            messages[f"cannot be read ({error})"] = refused(load_dataset, NAME, path)
     group = hopper_arrays() | {"rewards/a": np.ones(20)}
     del group["rewards"]
-    messages["rewards is a group where an array should be"] = refused(load_dataset, NAME, write(path, group))
+    messages["rewards is missing, or no array"] = refused(load_dataset, NAME, write(path, group))
     for cause, message in messages.items():
         assert cause in message and str(path) in message
         assert "damaged" not in message and "delete" not in message
@@ -381,8 +341,8 @@ def changed(key, change):
 
 
 BAD_VALUES = {  # what is wrong: (key, change, words of the refusal)
-    "no next state": ("next_observations", None, "next_observations is missing; D4RL's layout needs observations, act"),
-    "no flag": ("timeouts", None, "timeouts is missing; D4RL's layout needs observations, actions, rewards, next_obs"),
+    "no next state": ("next_observations", None, "next_observations is missing, or no array; D4RL's layout needs obs"),
+    "no flag": ("timeouts", None, "timeouts is missing, or no array; D4RL's layout needs observations, act"),
     "NaN": ("observations", np.nan, "observations holds nan, first in row 7; drop or mend what float32 does not take"),
     "infinity": ("next_observations", -np.inf, "next_observations holds -inf, first in row 7; drop or mend"),
     "beyond float32": ("rewards", 1e39, "rewards holds 1e+39, first in row 7; drop or mend what float32"),
@@ -466,13 +426,6 @@ def rounded(arrays):
     arrays["observations"] = arrays["observations"].astype(np.float16)
 
 
-def half_a_unit_away(arrays):
-    """At the first unmarked end the next row is elsewhere in one dimension; all other rows join."""
-    never_marked(arrays)
-    arrays["observations"][1:] = arrays["next_observations"][:-1]
-    arrays["observations"][5, 8] += 0.5
-
-
 def never_marked(arrays):
     arrays["terminals"][:] = arrays["timeouts"][:] = False
 
@@ -496,11 +449,9 @@ ODD = {
     "reset elsewhere": (reset_elsewhere, ["at 60 of 60 marked ends the next state is an episode's"], True, True),
     "never filled in": (never_filled_in, ["at 30 of 60 marked ends"], True, True),
     "reset steps": (reset_steps, ["at 59 of 60 marked ends"], True, True),
-    "one row late": (one_row_late, ["at 60 of 60", "60 episodes end without a flag", DIFFER], False, False),
-    "rounded": (rounded, ["240 episodes end without a flag and 60 with one; at the former the"], False, True),
-    "half a unit": (half_a_unit_away, ["2 episodes end without a flag and 0 with one; at the former the next row lies "
-                                       "up to 0.5 away", DIFFER], False, False),
-    "never marked": (never_marked, ["60 episodes end without a flag and 0 with one", DIFFER], False, False),
+    "one row late": (one_row_late, ["at 60 of 60", "90 of 120 episodes end without a flag, or", DIFFER], False, False),
+    "rounded": (rounded, ["270 of 300 episodes end without a flag, or by a time limit long before Hop"], False, True),
+    "never marked": (never_marked, ["60 of 60 episodes end without a flag", DIFFER], False, False),
     "dones": (terminals_are_dones, ["differ on 30 rows (10.00%): the rule is not used, and only the model's own sign",
                                     "all 60 episodes of the greatest length, 5 steps, end with"], True, False),
     "a stray": (one_stray, ["at 1 of 61 marked ends the next state is an episode's first one"], True, True),
@@ -533,43 +484,35 @@ def test_falls_of_a_robot_that_cannot_fall_and_its_limit(folders, warned):
     assert len(warnings) == 3 and loaded.healthy_low is None
 
 
-def test_digits_that_float32_loses(folders, warned):
-    """A float64 column that varies by 1e-3 around 1e4, where float32 has steps of 2^-10: 1e-3 / 2^-10 = 1 step."""
-    arrays = float64(hopper_arrays([(5, "timeouts")]))
-    arrays["observations"][:, 7] = 1e4 + 1e-3 * np.linspace(0, 1, 5)
-    arrays["next_observations"][:-1] = arrays["observations"][1:]
-    arrays["observations"][:, 8] = arrays["next_observations"][:, 8] = 1e9  # constant: nothing to lose
-    warnings = warned(NAME, write(folders / "mine.hdf5", arrays))[1]
-    assert "observations: dimension 7 varies by 0.001 around 10000, where float32 has steps of 0.000977" in warnings[0]
-
-
 @pytest.mark.parametrize(("flag", "mean"), [("timeouts", None), ("terminals", 72.5)])
 def test_episodes_that_a_time_limit_of_their_own_cut(folders, warned, flag, mean):
     """Their mean is no measure for evaluations of 1,000 steps; that of falls is: 0 + ... + 29 = 435, in 6 episodes."""
-    loaded, warnings = warned(NAME, write(folders / "mine.hdf5", hopper_arrays([(5, flag)] * 6)), cut=True)
-    assert loaded.mean_return == mean
-    words = "6 of 6 episodes end by a time limit of their own, before Hopper-v4's 1,000 steps"
-    assert any(words in warning for warning in warnings) == (mean is None)
+    path = write(folders / "mine.hdf5", hopper_arrays([(5, flag)] * 6))
+    assert warned(NAME, path, cut=mean is None)[0].mean_return == mean
 
 
 # ---- Download
 
 
-class Answer(BaseHTTPRequestHandler):
+class Hub(BaseHTTPRequestHandler):
+    """As much of Hugging Face's hub as its client asks for one file."""
+
     def do_GET(self):
         host, asked = self.server.host, self.headers["Range"]
-        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and host.ranges else 0
-        if host.status == "nonsense":
-            return self.wfile.write(b"220 mail here\r\n\r\n")
-        if host.status != 200 or self.path != f"/{FILE}":
-            return self.send_error(host.status if host.status != 200 else 404)
-        rest = host.body[start:]
-        self.send_response(206 if start else 200)
+        known = self.path == f"/datasets/imone/D4RL/resolve/{data.D4RL_ON_HUB['revision']}/{FILE}"
+        rest = host.body[int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0 :] if known else b""
+        self.send_response(404 if not rest else 206 if asked else 200)
+        if not rest:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        for key, value in (("X-Repo-Commit", data.D4RL_ON_HUB["revision"]), ("ETag", f'"{sha256(host.body)}"')):
+            self.send_header(key, value)
         self.send_header("Content-Length", str(len(rest)))
         self.end_headers()
-        if "urllib" not in self.headers["User-Agent"]:  # which only asks for the size
+        if self.command == "GET" and known:
             host.seen.append(asked)
             self.wfile.write(rest[: host.cuts.pop(0) if host.cuts else None])
+
+    do_HEAD = do_GET
 
     def log_message(self, *args):
         pass
@@ -577,17 +520,16 @@ class Answer(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def serve(monkeypatch):
-    """serve(body, ...) starts a server of FILE at host.url; host.seen lists the Range header of each download.
+    """serve(body, ...) starts a hub that has FILE if that is not empty; `seen` lists the Range header of each download.
 
     cuts: so many bytes of each answer, one answer after the other, before the connection is dropped; then whole ones.
     """
     servers = []
 
-    def start(body=b"", cuts=(), ranges=True, status=200):
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
-        server.host = SimpleNamespace(body=body, cuts=list(cuts), ranges=ranges, status=status, seen=[])
-        server.host.url = f"http://127.0.0.1:{server.server_port}"
-        monkeypatch.setattr(data, "D4RL_LOCATIONS", (server.host.url,))
+    def start(body=b"", cuts=()):
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+        server.host = SimpleNamespace(body=body, cuts=list(cuts), seen=[])
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         servers.append(server)
         return server.host
@@ -603,103 +545,41 @@ def body(folders):
     return write(folders / "published.hdf5", hopper_arrays()).read_bytes()
 
 
-def left(folders) -> set[str]:
-    """What lies in D4RL's folder, but for the lock, which stays."""
-    return {path.name for path in (folders / "d4rl").iterdir()} - {f"{FILE}.lock"}
-
-
-DOWNLOADS = {  # what is there of it before, where the answers are cut, whether the server knows ranges; what is asked
-    "whole": (None, [], True, [None]),
-    "cut, then resumed": (None, [1000, 2000], True, [None, "bytes=1000-", "bytes=3000-"]),  # 1000 bytes, then 2000 more
-    "begun again, not appended": (None, [1000], False, [None, "bytes=1000-"]),
-    "killed before the renaming": (b"", [], True, []),
-    "of something longer": (b"more", [], True, [None]),
-}
-
-
-@pytest.mark.parametrize("case", DOWNLOADS)
-def test_download(folders, monkeypatch, serve, body, case):
-    before, cuts, ranges, asked = DOWNLOADS[case]
-    host, path = serve(body, cuts, ranges), folders / "deep" / "d4rl" / FILE
-    publish(monkeypatch, size=len(body), pinned=sha256(body))
-    monkeypatch.setenv("D4RL_DATASET_DIR", str(path.parent))  # made on the way
-    if before is not None:
-        path.parent.mkdir(parents=True)
-        path.with_name(f"{FILE}.part").write_bytes(body + before)
-    for _ in range(2):  # the second time it is there
+@pytest.mark.parametrize("cuts", [[], [1000, 2000]])
+def test_download(folders, monkeypatch, serve, body, cuts):
+    """Whole, or cut and gone on with; the folder is made on the way, and the second time the file is there."""
+    host, path = serve(body, cuts), folders / "deep" / "d4rl" / FILE
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(path.parent))
+    for _ in range(2):
         loaded = load_dataset(NAME)
         assert loaded.sha256 == sha256(body) and loaded.lengths.tolist() == LENGTHS
-    assert host.seen == asked and path.read_bytes() == body
-    assert {x.name for x in path.parent.iterdir()} <= {FILE, f"{FILE}.lock"}
-
-
-def test_a_download_goes_on_next_time(folders, serve, body):
-    """A connection that brings nothing any more is given up; the part stays, and the same command goes on from it."""
-    host = serve(body, cuts=[1000, *[0] * 6])
-    part = folders / "d4rl" / f"{FILE}.part"
-    assert "cannot be downloaded" in refused(load_dataset, NAME)
-    assert part.read_bytes() == body[:1000] and left(folders) == {part.name}
-    load_dataset(NAME)
-    assert host.seen[-1] == "bytes=1000-" and (folders / "d4rl" / FILE).read_bytes() == body
-
-
-@pytest.mark.parametrize("wrong", ["hash", "size"])
-def test_not_the_pinned_file(folders, monkeypatch, serve, body, wrong):
-    serve(body)
-    pinned = "0" * 64 if wrong == "hash" else sha256(body)
-    publish(monkeypatch, size=len(body) + (wrong == "size"), pinned=pinned)
-    message = refused(load_dataset, NAME)
-    rejected = folders / "d4rl" / f"{FILE}.rejected"
-    assert str(rejected) in message and sha256(body) in message and pinned in message and "--data-path" in message
-    assert str(len(body)) in message and str(data.KNOWN[NAME][1]) in message
-    assert rejected.read_bytes() == body and left(folders) == {rejected.name}
-    assert load_dataset(NAME, rejected).lengths.tolist() == LENGTHS  # the way on that the message names
-
-
-def test_second_location(folders, monkeypatch, serve, silent, body):
-    """The first location has no such file, or never answers: the second one is used."""
-    missing, good = serve(status=404), serve(body)
-    for first in (missing.url, silent):
-        monkeypatch.setattr(data, "D4RL_LOCATIONS", (first, good.url))
-        load_dataset(NAME)
-        assert (folders / "d4rl" / FILE).read_bytes() == body
-        (folders / "d4rl" / FILE).unlink()
-    assert good.seen == [None, None]
+    assert host.seen == ([None, "bytes=1000-", "bytes=3000-"] if cuts else [None])
+    assert path.read_bytes() == body
 
 
 @pytest.mark.parametrize(
-    ("network", "reason"),
-    [
-        ("absent", "refused"), ("silent", "no answer within 2 s"), ("nonsense", "220 mail here"),
-        (404, "HTTP Error 404"), (503, "HTTP Error 503"), ("large", "announces 9000 bytes; known files have 1 to 8999"),
-    ],
-)  # fmt: skip
-def test_no_location_has_it(folders, monkeypatch, serve, silent, nobody, body, network, reason):
-    """Told within two seconds (and a half, for the test's own machine), with the ways on; what had come is kept."""
-    (folders / "d4rl" / f"{FILE}.part").write_bytes(body[:1000])
-    monkeypatch.setattr(data, "MAX_FILE_BYTES", 8999)
-    host = serve(bytes(9000), status=200 if network in ("absent", "silent", "large") else network)
-    first = {"absent": nobody.replace("127.0.0.1", "localhost"), "silent": silent}.get(network, host.url)
-    monkeypatch.setattr(data, "D4RL_LOCATIONS", (first, nobody))
+    ("network", "reason"), [("absent", "refused"), ("silent", "no answer within 2 s"), ("without it", "404")]
+)
+def test_no_way_to_the_file(folders, monkeypatch, serve, silent, nobody, network, reason):
+    """Told within two seconds (and a half, for the test's own machine), with the ways on; no half file is left."""
+    host = serve()
+    if network != "without it":
+        monkeypatch.setenv("HF_ENDPOINT", nobody if network == "absent" else silent)
     start = time.monotonic()
     message = refused(load_dataset, NAME)
-    assert time.monotonic() - start < 2.5
-    told = re.search(rf"{FILE} is not at {folders}/d4rl/{FILE} and cannot be downloaded \((.*); (.*)\); put", message)
-    assert told[1].startswith(f"{first}/{FILE}: ") and reason in told[1]
-    assert told[2].startswith(f"{nobody}/{FILE}: ") and "refused" in told[2]
-    assert "--data-path" in message and "--env-id local/hopper/medium-v0" in message
-    assert (folders / "d4rl" / f"{FILE}.part").read_bytes() == body[:1000] and host.seen == []
+    assert time.monotonic() - start < 2.5 or network == "without it"  # whose first import takes long
+    assert f"{NAME} is not in {folders}/d4rl/{FILE} and cannot be downloaded (" in message and reason in message
+    assert f"put {data.D4RL_ELSEWHERE}/{FILE} there" in message
+    assert "--data-path" in message and "local/hopper/medium-v0" in message
+    assert not (folders / "d4rl" / FILE).exists() and host.seen == []
 
 
 def test_cannot_write(folders, monkeypatch, serve, body):
     serve(body)
-    if os.path.exists("/dev/full"):  # a disk with no space
-        (folders / "d4rl" / f"{FILE}.part").symlink_to("/dev/full")
-        assert "No space left on device" in refused(load_dataset, NAME)
     (folders / "file").touch()
     monkeypatch.setenv("D4RL_DATASET_DIR", str(folders / "file"))
     message = refused(load_dataset, NAME)
-    assert "cannot write" in message and str(folders / "file" / FILE) in message and "D4RL_DATASET_DIR" in message
+    assert "cannot be downloaded ([Errno 17] File exists" in message and str(folders / "file" / FILE) in message
 
 
 def test_two_at_once(folders, serve, body):
@@ -857,14 +737,14 @@ def test_odd_episodes_of_minari(stored, warned):
     assert "1 of 5 episodes have no step: left out" in warnings[0] and "at 1 of 3 marked ends" in warnings[1]
     create("tiny/open-v0", buffers([(3, None)] * 3))
     loaded, warnings = warned("tiny/open-v0")
-    assert "3 episodes end without a flag and 0 with one" in warnings[0] and loaded.mean_return is None
+    assert "3 of 3 episodes end without a flag, or" in warnings[0] and loaded.mean_return is None
 
 
 # ---- What a set says of itself
 
 HOPPER = "gymnasium.envs.mujoco.hopper_v5:HopperEnv"
 SPECS = {  # what its environment's spec says: (changes, the warning, the least healthy height)
-    "another id": ({"id": "Hopper-v3"}, f"the set makes Hopper-v3 from {HOPPER}, which is not what gymn", 0.7),
+    "another id": ({"id": "Hopper-v3"}, None, 0.7),
     "id of a package": ({"id": "theirs:Jumper-v1", "entry_point": HOPPER}, None, 0.7),  # made from the entry point
     "a range that agrees": ({"kwargs": {"healthy_z_range": [1.0, 2.0]}}, None, 1.0),
     "one that does not": ({"kwargs": {"healthy_z_range": [1.25, 2.0]}}, "rule and the terminal flags differ on", None),
@@ -892,7 +772,7 @@ def test_environments_that_cannot_be_made_again(stored):
     for kwargs, entry_point in ((None, "gymnasium.wrappers:ClipAction"), ({}, "no_such_package:Noise")):
         edit_spec(stored, additional_wrappers=[{"name": "Noise", "entry_point": entry_point, "kwargs": kwargs}])
         message = refused(load_dataset, MINARI_ID)
-        assert "cannot make the environment Hopper-v5 in Noise" in message and "RecordConstructorArgs" in message
+        assert "cannot make the environment Hopper-v5 in Noise" in message and "without that wrapper" in message
     edit_spec(stored, id="theirs:Jumper-v1", entry_point="their_package.envs:Jumper", additional_wrappers=[])
     edit_metadata(stored, requirements=["their-package>=1.2"])
     message = refused(load_dataset, MINARI_ID)
@@ -933,8 +813,8 @@ def test_spaces_that_are_no_flat_boxes():
         edit_metadata(data.minari_root() / f"tiny/says-{kind}-v0", env_spec=gym.spec("Hopper-v5").to_json())
         for env_id in (f"tiny/{kind}-v0", f"tiny/says-{kind}-v0"):
             message = refused(load_dataset, env_id)
-            assert f"of {words}; flat Boxes are needed: docs/data.md" in message
-            assert "FlattenObservation" in message and "discrete actions are not for these methods" in message
+            assert f"of {words}, and flat Boxes are needed: docs/data.md" in message
+            assert "discrete actions are not for these methods" in message
 
 
 class Monitor(gym.RewardWrapper, gym.utils.RecordConstructorArgs):
@@ -950,30 +830,28 @@ class Monitor(gym.RewardWrapper, gym.utils.RecordConstructorArgs):
 
 def test_wrappers_are_part_of_the_task(warned):
     """Actions in the units of the wrapped environment; recorders dropped, but no wrapper of a user's own, whatever its
-    name; the statistics of a normaliser told of."""
+    name; one that learns is refused."""
     pendulum = buffers(HELD, 3, 1)
-    for name, make, simulator, robot, words in (
-        ("rescaled", lambda: wrappers.RescaleAction(gym.make("Pendulum-v1"), -1, 1), "Pendulum-v1 in RescaleAction", "",
-         None),
-        ("monitored", lambda: Monitor(gym.make("Pendulum-v1")), "Pendulum-v1 in Monitor", "", None),
+    for name, make, simulator, robot in (
+        ("scaled", lambda: wrappers.RescaleAction(gym.make("Pendulum-v1"), -1, 1), "Pendulum-v1 in RescaleAction", ""),
+        ("monitored", lambda: Monitor(gym.make("Pendulum-v1")), "Pendulum-v1 in Monitor", ""),
         ("watched", lambda: wrappers.RecordEpisodeStatistics(gym.make("Hopper-v5", render_mode="rgb_array")),
-         "Hopper-v5", "hopper", None),
-        ("normalised", lambda: wrappers.NormalizeObservation(gym.make("Hopper-v5")),
-         "Hopper-v5 in NormalizeObservation", "", "NormalizeObservation learns statistics that the set does not hold"),
+         "Hopper-v5", "hopper"),
     ):  # fmt: skip
         create(f"tiny/{name}-v0", pendulum if "Pendulum" in simulator else buffers(), make())
-        loaded, warnings = warned(f"tiny/{name}-v0")
+        loaded, warnings = warned(f"tiny/{name}-v0", cut="Pendulum" in simulator)
         assert loaded.facts()["simulator"] == simulator and loaded.robot == robot and loaded.spec.kwargs == {}
-        assert len(warnings) == (words is not None) and (not words or words in warnings[0])
-        assert (loaded.healthy_low is None) == (name in ("monitored", "normalised"))
+        assert warnings == [] and (loaded.healthy_low is None) == (name == "monitored")
         assert loaded.action_high.tolist() == [2 if name == "monitored" else 1] * loaded.action.shape[1]
+    create("tiny/normalised-v0", buffers(), wrappers.NormalizeObservation(gym.make("Hopper-v5")))
+    assert "NormalizeObservation learns statistics that no set holds" in refused(load_dataset, "tiny/normalised-v0")
 
 
 def test_another_box_than_one(warned):
     """Pendulum's torques of -2 to 2 become -1 to 1; a set whose own Box is not its environment's is refused."""
     episodes = [dataclasses.replace(b, actions=2 * b.actions) for b in buffers(HELD, 3, 1)]
     create("tiny/pendulum-v0", episodes, "Pendulum-v1")
-    loaded, warnings = warned("tiny/pendulum-v0")
+    loaded, warnings = warned("tiny/pendulum-v0", cut=True)
     np.testing.assert_array_equal(loaded.action, np.concatenate([b.actions for b in episodes]) / 2)
     assert (loaded.action_low.tolist(), loaded.action_high.tolist(), warnings) == ([-2], [2], [])
     folder = data.minari_root() / "tiny/pendulum-v0"
@@ -983,16 +861,9 @@ def test_another_box_than_one(warned):
     assert "actions in [-1, 1], but its environment Pendulum-v1 takes [-2, 2]" in message
 
 
-def test_actions_without_bounds(warned):
-    """The data's own range is taken, and told; a dimension that never changes stays."""
-    episodes = buffers(HELD[:3], 2, 3)
-    for episode, (low, high) in zip(episodes, [(-4, 7), (-3, 1), (-3, 6)], strict=True):
-        episode.actions[:2] = [low, 5, 0.5], [high, 5, -0.5]
-        episode.actions[2:, 1] = 5
-    create("tiny/free-v0", episodes, "free-v0")
-    loaded, warnings = warned("tiny/free-v0")
-    assert "sets its actions no bounds: the data's own, [(-4, 0, -1), (7, 5, 1)]" in warnings[0] and len(warnings) == 1
-    assert loaded.action[0].tolist() == [-1, 1, 0.5] and loaded.action[1, 0] == 1  # -4, 5, 0.5; 7
+def test_actions_without_bounds():
+    create("tiny/free-v0", buffers(HELD, 2, 3), "free-v0")
+    assert "free-v0(kind='free') sets its actions no bounds; give it a Box" in refused(load_dataset, "tiny/free-v0")
 
 
 def test_ways_to_bring_data(folders, monkeypatch, warned):
@@ -1011,7 +882,7 @@ def test_ways_to_bring_data(folders, monkeypatch, warned):
     episode = dataclasses.replace(episode, observations={"place": place, "goal": goal[:, :1]})
     create("tiny/nested-v0", [episode] * 3, "dict-v0")
     exec(flatten.replace("D4RL/antmaze/umaze-v1", "tiny/nested-v0"), {})
-    loaded, warnings = warned("mine/antmaze-v0")
+    loaded, warnings = warned("mine/antmaze-v0", cut=True)
     np.testing.assert_array_equal(loaded.obs[:4], np.hstack([goal[:4, :1], place[:4]]).astype(np.float32))
     assert loaded.facts()["simulator"] == "dict-v0(kind='dict') in FlattenObservation" and warnings == []
 
@@ -1020,7 +891,7 @@ def test_ways_to_bring_data(folders, monkeypatch, warned):
 def test_unknown_minari_id_offline(folders, monkeypatch, silent, answers):
     """Nothing listens, or the network swallows the question: told within 2.5 s, with the folder and a known name."""
     if answers:
-        monkeypatch.setenv("https_proxy", silent)
+        monkeypatch.setenv("HF_ENDPOINT", silent)
     start = time.monotonic()
     message = refused(load_dataset, "mujoco/hopper/medium-v0")
     assert time.monotonic() - start < 2.5
@@ -1036,7 +907,7 @@ def test_minari_download_fails(monkeypatch, error):
     def download(env_id):
         raise error
 
-    monkeypatch.setattr(data, "_ask", lambda urls: dict.fromkeys(urls, 0))
+    monkeypatch.setattr(data, "_answering_hub", lambda: "")
     monkeypatch.setattr(minari, "download_dataset", download)
     message = refused(load_dataset, "mujoco/hopper/nothing-v0")
     assert "mujoco/hopper/nothing-v0" in message and (str(error).split() or ["RuntimeError"])[-1] in message

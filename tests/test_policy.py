@@ -210,13 +210,10 @@ def test_the_closing_picture_and_words_compare_with_the_data_and_the_controls(tm
     closing._plot()
     score, loss = drawn[0].axes
     assert drawn[0].get_suptitle() == "method on data/set-v0, seed 3" and loss.get_title() == "idm/loss"
-    assert [text.get_text() for text in loss.get_legend().get_texts()] == ["training", "held out"]
-    assert {text.get_text() for text in score.get_legend().get_texts()} == {
-        "this run: 90.0 at the end, mean of the curve 85.0",
-        "mean of the data's episodes: 100.0",
-        "cloning the data, mean of the curve: 1234.5",
-        "TD3, mean of the curve: 99.0",
-    }
+    assert [text.get_text() for text in loss.get_legend().get_texts()] == ["this run", "held out"]
+    assert [text.get_text() for text in score.get_legend().get_texts()] == [
+        "this run", "cloning the data: 1234.5", "TD3: 99.0", "the data's mean: 100.0",
+    ]  # fmt: skip
 
 
 def test_controls_are_taken_from_finished_runs(tmp_path, monkeypatch, capsys):
