@@ -158,12 +158,3 @@ def test_without_a_simulator_the_data_alone_tell(toy_run, monkeypatch, capsys):
     monkeypatch.setattr(audit, "Stepper", no_stepper)
     found = audited(toy_run, pairs=0)
     assert "simulator" not in found and "no simulator: it has no state" in capsys.readouterr().out
-
-
-def test_bad_runs_are_told(toy_run, tmp_path):
-    with pytest.raises(UserError, match="is not the folder of a run"):
-        audit.load_rollouts(tmp_path)
-    content = json.loads((toy_run / "args.json").read_text())
-    (tmp_path / "args.json").write_text(json.dumps(content | {"module": "gone"}))
-    with pytest.raises(UserError, match="was made by gone, which is not here"):
-        audit.load_rollouts(tmp_path)

@@ -1,4 +1,7 @@
-"""dawm_td3bc.py: its mathematics on a linear system whose dynamics and inverse are known exactly; its command line."""
+"""dawm_td3bc.py: its mathematics on a linear system whose dynamics and inverse are known exactly; its command line.
+
+Its agent and its inverse dynamics are held against the usual forms in test_speed.py.
+"""
 
 import json
 import math
@@ -122,17 +125,6 @@ def test_rollouts_start_at_the_given_state_and_stay_in_the_data_range():
     assert (rollout[:, -1] == high).all() and (rollout <= high).all()
 
 
-def test_log_density_of_actions_against_torch():
-    mean, log_std = torch.randn(50, 2, dtype=torch.float64), torch.randn(50, 2, dtype=torch.float64)
-    action = torch.tanh(mean + log_std.exp() * torch.randn_like(mean)).clamp(-0.999, 0.999)
-    normal = torch.distributions.Normal(mean, log_std.exp())
-    tanh = torch.distributions.TransformedDistribution(normal, torch.distributions.TanhTransform())
-    expected = tanh.log_prob(action).sum(-1)
-    assert (script.tanh_normal_log_prob(action, mean, log_std) - expected).abs().max() < 1e-9 * (
-        1 + expected.abs().max()
-    )
-
-
 def test_mark_ends_by_hand():
     args, windows = windows_of(linear_dataset(terminated=True))
     windows.healthy = torch.tensor([-0.5, -9.0]), torch.tensor([9.0, 9.0])
@@ -145,25 +137,6 @@ def test_mark_ends_by_hand():
     assert (kept[1, 1:] == 0).all()
     args.termination = "none"
     assert not script.mark_ends(args, windows, obs, reward)[0].any()
-
-
-@torch.no_grad()
-def test_targets_and_losses_by_hand():
-    args = script.Args(**TINY, policy_noise=0.0)
-    agent = script.TD3BC(args, torch.randn(100, 2), 2).double()
-    obs, action, next_obs = (torch.randn(8, 2, dtype=torch.float64) for _ in range(3))
-    reward, terminated = torch.randn(8, dtype=torch.float64), torch.tensor([0.0, 1.0] * 4, dtype=torch.float64)
-    target = agent.td_target(reward, next_obs, terminated)
-    for i in range(8):
-        next_action = agent.actor_target(next_obs[i : i + 1])
-        value = min(
-            agent.qf1_target(next_obs[i : i + 1], next_action), agent.qf2_target(next_obs[i : i + 1], next_action)
-        )
-        assert float(target[i]) == pytest.approx(float(reward[i] + 0.99 * (1 - terminated[i]) * value), abs=1e-10)
-    loss, bc_loss = agent.actor_loss(obs, action)
-    q = agent.qf1(obs, agent.actor(obs))
-    assert float(bc_loss) == pytest.approx(float((agent.actor(obs) - action).square().mean()))
-    assert float(loss) == pytest.approx(float(-2.5 * q.mean() / q.abs().mean() + bc_loss))
 
 
 def test_too_long_a_horizon_is_refused():
@@ -370,38 +343,13 @@ def test_a_short_rollout_still_hears_the_sign_of_the_step_after_it():
 # ---- Section 6: the agent
 
 
-def agent_of(**changes):
-    agent = script.TD3BC(script.Args(**changes), torch.randn(100, 11) * 3 + 1, 3)
-    rows = torch.randn(64, 27)
-    rows[:, 11:14], rows[:, -1] = rows[:, 11:14].clamp(-1, 1), (rows[:, -1] > 0.5).float()
-    return agent, rows
-
-
 def test_target_noise_is_clipped_and_so_is_the_action():
-    agent, _ = agent_of(policy_noise=100.0)
-    seen = []
+    agent, seen = script.TD3BC(script.Args(policy_noise=100.0), torch.randn(100, 11), 3), []
     agent.qf1_target.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
     for place in (0.0, 1.0):
         agent.actor_target.forward = lambda obs, place=place: torch.full((len(obs), 3), place)
         agent.td_target(torch.zeros(50), torch.zeros(50, 11), torch.zeros(50))
     assert seen[0].abs().max() == 0.5 and seen[-1].max() == 1
-
-
-def test_an_update_moves_critics_alone_and_every_nth_time_actor_and_targets_too():
-    agent, rows = agent_of()
-    state = {name: p.clone() for name, p in agent.named_parameters()}
-    agent.update(rows, update_actor=False)
-    moved = {name.split(".")[0] for name, p in agent.named_parameters() if not torch.equal(p, state[name])}
-    assert moved == {"qf1", "qf2"}
-    state = {name: p.clone() for name, p in agent.named_parameters()}
-    agent.update(rows, update_actor=True)
-    for name in ("actor", "qf1", "qf2"):
-        for key, now in getattr(agent, f"{name}_target").named_parameters():
-            expected = torch.lerp(state[f"{name}_target.{key}"], getattr(agent, name).get_parameter(key), 0.005)
-            assert (now - expected).abs().max() <= 2 * torch.finfo(torch.float32).eps * expected.abs().max()
-    agent.qf_optimizer.zero_grad()
-    agent.actor_loss(rows[:, :11], rows[:, 11:14])[0].backward(inputs=agent.actor_parameters)
-    assert all(p.grad is None for p in agent.qf_parameters)
 
 
 def test_networks_carry_the_statistics_of_the_real_observations():
@@ -518,11 +466,7 @@ def test_a_place_that_cannot_be_written_is_told_first(monkeypatch, capsys, folde
     assert "--run-dir /dev/null/runs cannot be written (" in refusal(script, [], folders, capsys, monkeypatch)
 
 
-def test_laptop_defaults_yield_to_flags_and_help_tells_the_method(monkeypatch, capsys):
-    seen = []
-    monkeypatch.setattr(sys, "argv", ["dawm_td3bc.py", "--laptop", "--idm-steps", "7"])
-    script.run_script(seen.append, script.Args, script.LAPTOP)
-    assert seen == [script.Args(**{**script.LAPTOP, "laptop": True, "idm_steps": 7})]
+def test_help_tells_the_method(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["dawm_td3bc.py", "--help"])
     with pytest.raises(SystemExit) as stop:
         script.run_script(script.main, script.Args, script.LAPTOP)

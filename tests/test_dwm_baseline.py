@@ -1,4 +1,4 @@
-"""dwm_baseline.py: imagined targets by hand and by plain loops, equal arms, and the script by its command line.
+"""dwm_baseline.py: imagined targets by plain loops, equal arms, and the script by its command line.
 
 What it has from the other scripts to the letter (test_source.py) is tested with them.
 """
@@ -29,26 +29,6 @@ def float64():
 
 
 # ---- Targets
-
-REWARD, VALUE, ALIVE = torch.tensor([[1.0, 2, 3]]), torch.tensor([[10.0, 20, 30]]), torch.zeros(1, 3)
-BY_HAND = [  # lambda, or Diffusion-MVE; ends; the printed recursion's fourth reward; target
-    ("mve", ALIVE, None, 27.1),  # 1 + 0.9 * 2 + 0.81 * 3 + 0.729 * 30
-    (1.0, ALIVE, None, 27.1),
-    (0.5, ALIVE, None, 16.525),  # G_3 = G_2 = 30; G_1 = 2 + 0.9 * (10 + 15) = 24.5; G_0 = 1 + 0.9 * (5 + 12.25)
-    (0.0, ALIVE, None, 10.0),  # 1 + 0.9 * 10
-    (1.0, ALIVE, torch.tensor([4.0]), 27.829),  # 1 + 1.8 + 2.43 + 0.729 * (4 + 0.9 * 30)
-    # Nothing is added after an end: 1, 1 + 0.9 * 2, 1 + 0.9 * 2 + 0.81 * 3.
-    *((kind, torch.eye(3)[[i]], None, x) for kind in ("mve", 1.0) for i, x in enumerate((1.0, 2.8, 5.23))),
-]
-
-
-@pytest.mark.parametrize("weight, ended, extra, expected", BY_HAND)
-def test_targets_by_hand(weight, ended, extra, expected):
-    if weight == "mve":
-        target = script.mve_target(REWARD, ended, VALUE[:, -1], 0.9)
-    else:
-        target = script.lambda_return(REWARD, ended, VALUE, 0.9, weight, extra_reward=extra)
-    assert target.tolist() == pytest.approx([expected])
 
 
 def n_step(reward, ended, value, gamma, n, extra=False):

@@ -22,7 +22,6 @@ CPU = torch.device("cpu")
 
 
 def test_each_member_is_a_perceptron_of_its_own():
-    torch.manual_seed(0)
     networks, x = script.Networks(3, [4, 8, 8, 2]), torch.randn(3, 5, 4)
     for member in range(3):
         h = x[member]
@@ -33,7 +32,6 @@ def test_each_member_is_a_perceptron_of_its_own():
 
 
 def test_the_loss_is_the_gaussians_likelihood():
-    torch.manual_seed(0)
     ensemble = script.GaussianEnsemble(Args(ensemble_size=2, ensemble_width=8), 3, 2)
     x, y = torch.randn(2, 6, 3), torch.randn(2, 6, 2)
     mean, variance = ensemble(x)
@@ -122,7 +120,6 @@ def test_ends_are_the_models_own_or_those_of_the_rule():
 
 
 def test_targets_of_one_step_are_dawms_and_of_more_steps_by_hand():
-    torch.manual_seed(0)
     args, rows = Args(policy_noise=0), torch.randn(6, 3, 8)
     rows[..., -1] = torch.tensor([[0, 0, 0], [0, 1, 0], [1, 0, 0]]).repeat(2, 1)
     agent = script.TD3BC(args, torch.randn(50, 2), 2)

@@ -49,7 +49,6 @@ def test_the_schedule_is_a_power_of_a_cosine():
 
 
 def test_actions_are_clipped_and_climb_the_policys_log_density():
-    torch.manual_seed(0)
     mean, std = torch.zeros(2000, 3), torch.tensor([0.1, 0.5, 1.0]).expand(2000, 3)
     action = (1.5 * torch.randn(2000, 3)).requires_grad_()
     clipped = action.clamp(min=-3 * std, max=3 * std)
@@ -97,7 +96,6 @@ def test_windows_obey_the_linear_system_and_their_actions_the_policy(learned):
 
 
 def test_advantages_against_a_plain_sum():
-    torch.manual_seed(0)
     reward, value = torch.randn(4, 6), torch.randn(4, 6)
     terminated = torch.zeros(4, 6)
     terminated[1, 2] = terminated[2, 0] = terminated[3, 4] = 1

@@ -135,18 +135,6 @@ def test_arguments_count_under_any_name_that_is_annotated_so(source_of):
     assert source_of(renamed)[1] == FIELDS
 
 
-def test_the_home_scripts_stages_depend_on_their_own_arguments_alone():
-    fields = {f: set(stage_source(getattr(script, f))[1]) for f in ("train_world_model", "train_inverse_dynamics")}
-    fields["synthesize"] = set(stage_source(script.synthesize)[1])
-    assert {"world_model_steps", "unet_width", "model_horizon", "loss", "gamma"} <= fields["train_world_model"]
-    assert {"idm_steps", "idm_width"} <= fields["train_inverse_dynamics"]
-    asked = {"guidance_scale", "sampling_steps", "sampling_temperature", "target_return", "horizon", "termination"}
-    assert asked | {"conditioning_subsample", "synthesis_seed"} <= fields["synthesize"]
-    assert not (asked | {"idm_steps"}) & fields["train_world_model"]
-    for read in fields.values():
-        assert read <= vars(Args()).keys() and not {"agent_lr", "seed", "eval_every", "device", "stage_dir"} & read
-
-
 # ---- Keep and find
 
 TENSORS = {
