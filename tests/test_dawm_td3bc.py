@@ -14,26 +14,14 @@ from common import UserError
 import numpy as np
 import pytest
 import torch
-from toy import ROOT, TINY, TOY, child, hopper_arguments, hopper_run, linear_dataset, new_run, refusal
+from toy import ROOT, TINY, TOY, hopper_arguments, in_default_dtype, linear_dataset, load_elsewhere, new_run
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def double():
-    """What must be equal is so to the rounding of float64, on any machine."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def windows_of(dataset, **changes):
     args = script.Args(**TINY | dict(model_horizon=7, horizon=3) | changes)
-    windows = script.Windows(args, dataset, CPU)
-    for name, value in vars(windows).items():
-        if torch.is_tensor(value) and value.is_floating_point():
-            setattr(windows, name, value.to(torch.get_default_dtype()))
-    return args, windows
+    return args, in_default_dtype(script.Windows(args, dataset, CPU))
 
 
 # ---- Sections 2 and 3, and what is by hand in 4 to 6
@@ -395,19 +383,6 @@ def test_online_updates_follow_algorithm_2(tmp_path, monkeypatch):
 # ---- The command line
 
 
-def loaded_again(folder) -> None:
-    """Prints what a process that has only the folder finds: the final return, and whether the models are the same."""
-    parts = script.load_run(folder)
-    args, kept = parts.args, parts.rollouts
-    with torch.no_grad():
-        returns = parts.evaluator(lambda obs: parts.actor(torch.as_tensor(obs)).numpy(), seed=args.seed + 100)
-    parts.run.seed("synthesis", args.synthesis_seed)
-    pairs = torch.randperm(len(parts.windows.action))[: args.synthesis_batch_size]
-    rows, valid = parts.complete(pairs)
-    same = torch.equal(rows, kept["rows"][: len(pairs)]) and torch.equal(valid, kept["valid"][: len(pairs)])
-    print(f"{float(returns.mean())!r} {same}")
-
-
 def test_from_the_command_line_to_a_run_that_is_loaded_in_another_process(toy):
     arguments = map(str, hopper_arguments(toy, *TOY, "--exp-name", "alone"))
     result = subprocess.run([sys.executable, "dawm_td3bc.py", *arguments], cwd=ROOT, capture_output=True, text=True)
@@ -418,52 +393,20 @@ def test_from_the_command_line_to_a_run_that_is_loaded_in_another_process(toy):
     assert files <= {path.name for path in folder.iterdir()}
     facts = json.loads((folder / "args.json").read_text())
     assert facts["data"]["sha256"] and facts["versions"]["torch"] and facts["args"]["unet_width"] == 8
-    stages = json.loads((folder / "stages.json").read_text())
-    assert list(stages) == ["world model", "inverse dynamics", "synthesize", "agent"]
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    values = {name: value for line in metrics for name, value in line.items()}
-    names = {"world_model/loss", "world_model/val_loss", "idm/val_mse", "synthesis/transitions", "agent/qf_loss"}
-    assert names | {"agent/actor_loss", "eval/normalized_score"} <= values.keys()
-    child(loaded_again, folder, log=toy / "loaded").join()
-    assert (toy / "loaded").read_text().splitlines()[-1] == f"{values['eval/episodic_return']!r} True"
+    load_elsewhere("dawm_td3bc", folder, toy / "loaded")
 
 
-def test_control_and_online_mode(toy):
-    text = hopper_run("dawm_td3bc", toy, *TOY, "--synthetic-fraction", "0")
-    assert "no world model, no inverse dynamics, the agent on the real data" in text and "world model  " not in text
-    text = hopper_run("dawm_td3bc", toy, *TOY, "--synthesis", "online", "--termination", "none")
-    assert "\nworld model " in text and "synthesize" not in text and "\nfinal " in text
+def test_a_loaded_run_imagines_again_what_it_kept(made):
+    parts = script.load_run(made("dawm_td3bc")[0])
+    parts.run.seed("synthesis", parts.args.synthesis_seed)
+    pairs = torch.randperm(len(parts.windows.action))[: parts.args.synthesis_batch_size]
+    for kept, again in zip(parts.rollouts.values(), parts.complete(pairs), strict=True):
+        assert torch.equal(again, kept[: len(pairs)])
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ("--env-id hoper-medium-v2", "unknown --env-id 'hoper-medium-v2'; nearest known: hopper-medium-v2"),
-        ("--sampling-steps 6", "--sampling-steps 6 is above --diffusion-steps 5"),
-        ("--synthetic-fraction 1.5", "--synthetic-fraction 1.5 lies outside [0, 1]"),
-        ("--synthesis online --synthetic-fraction 0.5", "--synthesis online draws from all pairs"),
-        ("--idm-holdout 0", "--idm-holdout 0.0 lies outside [0.001, 0.9]"),
-        ("--horizon 0", "--horizon 0 must be 1 or more"),
-        ("--horizon 9", "--horizon 9 is above --model-horizon 7"),
-        ("--gamma nan", "--gamma nan lies outside [0, 1]"),
-        ("--gama 0.9", "Unrecognized options: --gama, 0.9; perhaps --gamma; --help lists all arguments"),
-        ("--gamma high", "Error parsing --gamma: could not convert string to float: 'high'"),
-        ("--loss x1", "invalid choice 'x1' for argument '--loss'. Expected one of ('noise', 'x0')"),
-        ("--target-return inf", "--target-return inf lies outside [-100, 100]"),
-        ("--unet-width 12", "--unet-width 12 must be 8, 16"),
-        ("--exp-name a/b", "--exp-name 'a/b': use up to 100 printable characters"),
-        ("--tf32 --device cpu", "--tf32 changes what a GPU computes, and this run is on the CPU; leave it out"),
-        ("--device cuda", "--device cuda, but torch sees no CUDA device"),
-    ],
-)
-def test_bad_input_is_one_line_and_code_2(arguments, message, monkeypatch, capsys, folders):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert message in refusal(script, arguments.split(), folders, capsys, monkeypatch)
-
-
-def test_a_place_that_cannot_be_written_is_told_first(monkeypatch, capsys, folders):
-    monkeypatch.setattr("toy.folders_below", lambda path: ["--run-dir", "/dev/null/runs"])
-    assert "--run-dir /dev/null/runs cannot be written (" in refusal(script, [], folders, capsys, monkeypatch)
+def test_the_control_says_what_it_leaves_out(made):
+    text = made("dawm_td3bc", "--synthetic-fraction", "0")[1]
+    assert "no world model, no inverse dynamics, the agent on the real data" in text
 
 
 def test_help_tells_the_method(monkeypatch, capsys):

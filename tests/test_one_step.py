@@ -1,9 +1,8 @@
-"""baselines/one_step.py: ensemble, rollouts and targets by hand, what it learns, and the script from its command line.
+"""baselines/one_step.py: ensemble, rollouts and targets by hand, what it learns.
 
 What it has from the other scripts to the letter (test_source.py) is tested with them.
 """
 
-import json
 from dataclasses import replace
 
 import dawm_td3bc
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from toy import SCRIPTS, Training, hopper_run, linear_dataset, load_elsewhere, metrics, refusal
+from toy import Training, linear_dataset
 
 CPU = torch.device("cpu")
 
@@ -52,16 +51,6 @@ def test_each_row_is_dealt_to_one_member_and_comes_back_to_its_place(size):
     assert (owners.float().std(0) > 0).all() or size < 3  # not always the same member
 
 
-@pytest.fixture(scope="module")
-def learned():
-    """A world model of the linear system, on which an episode ends where the next s_0 lies above 0.5."""
-    args = Args(world_model_steps=300, world_model_lr=5e-3, world_model_batch_size=128, log_every=50, horizon=3)
-    args.ensemble_size, args.ensemble_width, args.ensemble_layers = 2, 32, 3
-    dataset = linear_dataset(episodes=100)
-    windows = Windows(replace(dataset, terminated=dataset.next_obs[:, 0] > 0.5), CPU)
-    return args, windows, script.train_world_model(args, windows, Training())
-
-
 def test_each_part_keeps_the_weights_that_were_best_for_it(monkeypatch):
     """Held-out losses that are best at the first, the second and the third of three looks."""
     told, seen, losses = iter(([1, 2, 3], [2, 1, 2], [3, 3, 1])), [], script.WorldModel.losses
@@ -81,9 +70,15 @@ def test_each_part_keeps_the_weights_that_were_best_for_it(monkeypatch):
         assert all(not torch.equal(best[name], x[name]) for name in names for x in seen if x is not at)
 
 
-def test_rollouts_obey_the_linear_system(learned):
-    """Whoever acts. Errors of single steps, where an action moves the state by 0.15 on average."""
-    args, windows, world_model = learned
+def test_rollouts_obey_the_linear_system():
+    """Whoever acts, where an episode ends with the next s_0 above 0.5. Errors of single steps, where an action moves
+    the state by 0.15 on average.
+    """
+    args = Args(world_model_steps=300, world_model_lr=5e-3, world_model_batch_size=128, log_every=50, horizon=3)
+    args.ensemble_size, args.ensemble_width, args.ensemble_layers = 2, 32, 3
+    dataset = linear_dataset(episodes=100)
+    windows = Windows(replace(dataset, terminated=dataset.next_obs[:, 0] > 0.5), CPU)
+    world_model = script.train_world_model(args, windows, Training())
     torch.manual_seed(0)
     index = torch.arange(len(windows.action))
     pair = windows.obs[windows.start], windows.action
@@ -135,30 +130,3 @@ def test_targets_of_one_step_are_dawms_and_of_more_steps_by_hand():
             discount, alive = discount * args.gamma, alive * (1 - float(ended[b, step]))
         sums.append(total + discount * alive * float(value[b]))
     assert agent.update(rows, False)["agent/qf_target"].item() == pytest.approx(np.mean(sums), abs=1e-5)
-
-
-# ---- The whole method
-
-
-@pytest.mark.parametrize("options", [[], ["--preset", "dwm"], ["--actions", "policy", "--horizon", "2"]])
-def test_each_way_reaches_a_score_and_is_found_again(options, toy, tmp_path):
-    name = "one-step-" + "".join(options).replace("-", "")
-    text = hopper_run("baselines.one_step", toy, *SCRIPTS["baselines.one_step"], *options, "--exp-name", name)
-    (folder,) = (toy / "runs").glob(f"*__{name}__*")
-    stages = list(json.loads((folder / "stages.json").read_text()))
-    assert "final" in text and stages == ["world model", *(["synthesize"] * (not options)), "agent"]
-    logged = {name: value for line in metrics(folder) for name, value in line.items()}
-    assert {"world_model/val_cloning_loss", "agent/bc_loss", "eval/normalized_score"} <= logged.keys()
-    load_elsewhere("baselines.one_step", folder, tmp_path / "log")
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--ensemble-size", "0"], "--ensemble-size 0 must be 1 or more"),
-        (["--ensemble-layers", "1"], "--ensemble-layers 1 must be 2 or more"),
-        (["--actions", "inferred"], "invalid choice 'inferred' for argument '--actions'"),
-    ],
-)
-def test_bad_input_is_one_line_and_code_2(arguments, message, tmp_path, capsys, monkeypatch):
-    assert message in refusal(script, arguments, tmp_path, capsys, monkeypatch)
