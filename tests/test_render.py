@@ -13,12 +13,10 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 import pytest
+import render
 import torch
 from PIL import Image, ImageSequence
 from toy import ROOT
-
-sys.path.insert(0, str(ROOT / "experiments"))
-import render
 
 HORIZON, ROLLOUTS, SIZE = 2, 3, 40
 
