@@ -7,11 +7,11 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before numpy and torch are imported, here and in every child
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = map(str, (ROOT, ROOT / "experiments", ROOT / "benchmarks"))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from toy import hopper_arguments  # noqa: E402
+from toy import SCRIPTS, hopper_arguments, hopper_run  # noqa: E402
 
 os.chdir(ROOT)  # where the scripts lie that the children's warm process imports
 forkserver.ensure_running()
@@ -48,6 +48,30 @@ def toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")
     hopper_arguments(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def made(toy):
+    """made(module, *options): the folder of a script's toy run, and what it printed; made once, for all tests."""
+    runs = {}
+
+    def made(module: str, *options: str) -> tuple[Path, str]:
+        if (module, options) not in runs:
+            name = f"made-{len(runs)}"
+            text = hopper_run(module, toy, *SCRIPTS[module], *options, "--exp-name", name)
+            (folder,) = (toy / "runs").glob(f"*__{name}__*")
+            runs[module, options] = folder, text
+        return runs[module, options]
+
+    return made
+
+
+@pytest.fixture
+def double():
+    """What must be equal is so to the rounding of float64, on any machine."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,7 @@
-"""dawm_td3bc.py: its mathematics on a linear system whose dynamics and inverse are known exactly; its command line."""
+"""dawm_td3bc.py: its mathematics on a linear system whose dynamics and inverse are known exactly; its command line.
+
+Its agent and its inverse dynamics are held against the usual forms in test_speed.py.
+"""
 
 import json
 import math
@@ -11,26 +14,14 @@ from common import UserError
 import numpy as np
 import pytest
 import torch
-from toy import ROOT, TINY, TOY, child, hopper_arguments, hopper_run, linear_dataset, new_run, refusal
+from toy import ROOT, TINY, TOY, hopper_arguments, in_default_dtype, linear_dataset, load_elsewhere, new_run
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def double():
-    """What must be equal is so to the rounding of float64, on any machine."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def windows_of(dataset, **changes):
     args = script.Args(**TINY | dict(model_horizon=7, horizon=3) | changes)
-    windows = script.Windows(args, dataset, CPU)
-    for name, value in vars(windows).items():
-        if torch.is_tensor(value) and value.is_floating_point():
-            setattr(windows, name, value.to(torch.get_default_dtype()))
-    return args, windows
+    return args, in_default_dtype(script.Windows(args, dataset, CPU))
 
 
 # ---- Sections 2 and 3, and what is by hand in 4 to 6
@@ -122,17 +113,6 @@ def test_rollouts_start_at_the_given_state_and_stay_in_the_data_range():
     assert (rollout[:, -1] == high).all() and (rollout <= high).all()
 
 
-def test_log_density_of_actions_against_torch():
-    mean, log_std = torch.randn(50, 2, dtype=torch.float64), torch.randn(50, 2, dtype=torch.float64)
-    action = torch.tanh(mean + log_std.exp() * torch.randn_like(mean)).clamp(-0.999, 0.999)
-    normal = torch.distributions.Normal(mean, log_std.exp())
-    tanh = torch.distributions.TransformedDistribution(normal, torch.distributions.TanhTransform())
-    expected = tanh.log_prob(action).sum(-1)
-    assert (script.tanh_normal_log_prob(action, mean, log_std) - expected).abs().max() < 1e-9 * (
-        1 + expected.abs().max()
-    )
-
-
 def test_mark_ends_by_hand():
     args, windows = windows_of(linear_dataset(terminated=True))
     windows.healthy = torch.tensor([-0.5, -9.0]), torch.tensor([9.0, 9.0])
@@ -145,25 +125,6 @@ def test_mark_ends_by_hand():
     assert (kept[1, 1:] == 0).all()
     args.termination = "none"
     assert not script.mark_ends(args, windows, obs, reward)[0].any()
-
-
-@torch.no_grad()
-def test_targets_and_losses_by_hand():
-    args = script.Args(**TINY, policy_noise=0.0)
-    agent = script.TD3BC(args, torch.randn(100, 2), 2).double()
-    obs, action, next_obs = (torch.randn(8, 2, dtype=torch.float64) for _ in range(3))
-    reward, terminated = torch.randn(8, dtype=torch.float64), torch.tensor([0.0, 1.0] * 4, dtype=torch.float64)
-    target = agent.td_target(reward, next_obs, terminated)
-    for i in range(8):
-        next_action = agent.actor_target(next_obs[i : i + 1])
-        value = min(
-            agent.qf1_target(next_obs[i : i + 1], next_action), agent.qf2_target(next_obs[i : i + 1], next_action)
-        )
-        assert float(target[i]) == pytest.approx(float(reward[i] + 0.99 * (1 - terminated[i]) * value), abs=1e-10)
-    loss, bc_loss = agent.actor_loss(obs, action)
-    q = agent.qf1(obs, agent.actor(obs))
-    assert float(bc_loss) == pytest.approx(float((agent.actor(obs) - action).square().mean()))
-    assert float(loss) == pytest.approx(float(-2.5 * q.mean() / q.abs().mean() + bc_loss))
 
 
 def test_too_long_a_horizon_is_refused():
@@ -370,38 +331,13 @@ def test_a_short_rollout_still_hears_the_sign_of_the_step_after_it():
 # ---- Section 6: the agent
 
 
-def agent_of(**changes):
-    agent = script.TD3BC(script.Args(**changes), torch.randn(100, 11) * 3 + 1, 3)
-    rows = torch.randn(64, 27)
-    rows[:, 11:14], rows[:, -1] = rows[:, 11:14].clamp(-1, 1), (rows[:, -1] > 0.5).float()
-    return agent, rows
-
-
 def test_target_noise_is_clipped_and_so_is_the_action():
-    agent, _ = agent_of(policy_noise=100.0)
-    seen = []
+    agent, seen = script.TD3BC(script.Args(policy_noise=100.0), torch.randn(100, 11), 3), []
     agent.qf1_target.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
     for place in (0.0, 1.0):
         agent.actor_target.forward = lambda obs, place=place: torch.full((len(obs), 3), place)
         agent.td_target(torch.zeros(50), torch.zeros(50, 11), torch.zeros(50))
     assert seen[0].abs().max() == 0.5 and seen[-1].max() == 1
-
-
-def test_an_update_moves_critics_alone_and_every_nth_time_actor_and_targets_too():
-    agent, rows = agent_of()
-    state = {name: p.clone() for name, p in agent.named_parameters()}
-    agent.update(rows, update_actor=False)
-    moved = {name.split(".")[0] for name, p in agent.named_parameters() if not torch.equal(p, state[name])}
-    assert moved == {"qf1", "qf2"}
-    state = {name: p.clone() for name, p in agent.named_parameters()}
-    agent.update(rows, update_actor=True)
-    for name in ("actor", "qf1", "qf2"):
-        for key, now in getattr(agent, f"{name}_target").named_parameters():
-            expected = torch.lerp(state[f"{name}_target.{key}"], getattr(agent, name).get_parameter(key), 0.005)
-            assert (now - expected).abs().max() <= 2 * torch.finfo(torch.float32).eps * expected.abs().max()
-    agent.qf_optimizer.zero_grad()
-    agent.actor_loss(rows[:, :11], rows[:, 11:14])[0].backward(inputs=agent.actor_parameters)
-    assert all(p.grad is None for p in agent.qf_parameters)
 
 
 def test_networks_carry_the_statistics_of_the_real_observations():
@@ -447,19 +383,6 @@ def test_online_updates_follow_algorithm_2(tmp_path, monkeypatch):
 # ---- The command line
 
 
-def loaded_again(folder) -> None:
-    """Prints what a process that has only the folder finds: the final return, and whether the models are the same."""
-    parts = script.load_run(folder)
-    args, kept = parts.args, parts.rollouts
-    with torch.no_grad():
-        returns = parts.evaluator(lambda obs: parts.actor(torch.as_tensor(obs)).numpy(), seed=args.seed + 100)
-    parts.run.seed("synthesis", args.synthesis_seed)
-    pairs = torch.randperm(len(parts.windows.action))[: args.synthesis_batch_size]
-    rows, valid = parts.complete(pairs)
-    same = torch.equal(rows, kept["rows"][: len(pairs)]) and torch.equal(valid, kept["valid"][: len(pairs)])
-    print(f"{float(returns.mean())!r} {same}")
-
-
 def test_from_the_command_line_to_a_run_that_is_loaded_in_another_process(toy):
     arguments = map(str, hopper_arguments(toy, *TOY, "--exp-name", "alone"))
     result = subprocess.run([sys.executable, "dawm_td3bc.py", *arguments], cwd=ROOT, capture_output=True, text=True)
@@ -470,59 +393,23 @@ def test_from_the_command_line_to_a_run_that_is_loaded_in_another_process(toy):
     assert files <= {path.name for path in folder.iterdir()}
     facts = json.loads((folder / "args.json").read_text())
     assert facts["data"]["sha256"] and facts["versions"]["torch"] and facts["args"]["unet_width"] == 8
-    stages = json.loads((folder / "stages.json").read_text())
-    assert list(stages) == ["world model", "inverse dynamics", "synthesize", "agent"]
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    values = {name: value for line in metrics for name, value in line.items()}
-    names = {"world_model/loss", "world_model/val_loss", "idm/val_mse", "synthesis/transitions", "agent/qf_loss"}
-    assert names | {"agent/actor_loss", "eval/normalized_score"} <= values.keys()
-    child(loaded_again, folder, log=toy / "loaded").join()
-    assert (toy / "loaded").read_text().splitlines()[-1] == f"{values['eval/episodic_return']!r} True"
+    load_elsewhere("dawm_td3bc", folder, toy / "loaded")
 
 
-def test_control_and_online_mode(toy):
-    text = hopper_run("dawm_td3bc", toy, *TOY, "--synthetic-fraction", "0")
-    assert "no world model, no inverse dynamics, the agent on the real data" in text and "world model  " not in text
-    text = hopper_run("dawm_td3bc", toy, *TOY, "--synthesis", "online", "--termination", "none")
-    assert "\nworld model " in text and "synthesize" not in text and "\nfinal " in text
+def test_a_loaded_run_imagines_again_what_it_kept(made):
+    parts = script.load_run(made("dawm_td3bc")[0])
+    parts.run.seed("synthesis", parts.args.synthesis_seed)
+    pairs = torch.randperm(len(parts.windows.action))[: parts.args.synthesis_batch_size]
+    for kept, again in zip(parts.rollouts.values(), parts.complete(pairs), strict=True):
+        assert torch.equal(again, kept[: len(pairs)])
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ("--env-id hoper-medium-v2", "unknown --env-id 'hoper-medium-v2'; nearest known: hopper-medium-v2"),
-        ("--sampling-steps 6", "--sampling-steps 6 is above --diffusion-steps 5"),
-        ("--synthetic-fraction 1.5", "--synthetic-fraction 1.5 lies outside [0, 1]"),
-        ("--synthesis online --synthetic-fraction 0.5", "--synthesis online draws from all pairs"),
-        ("--idm-holdout 0", "--idm-holdout 0.0 lies outside [0.001, 0.9]"),
-        ("--horizon 0", "--horizon 0 must be 1 or more"),
-        ("--horizon 9", "--horizon 9 is above --model-horizon 7"),
-        ("--gamma nan", "--gamma nan lies outside [0, 1]"),
-        ("--gama 0.9", "Unrecognized options: --gama, 0.9 Perhaps you meant: --gamma FLOAT"),
-        ("--gamma high", "Error parsing --gamma: could not convert string to float: 'high'"),
-        ("--loss x1", "invalid choice 'x1' for argument '--loss'. Expected one of ('noise', 'x0')"),
-        ("--target-return inf", "--target-return inf lies outside [-100, 100]"),
-        ("--unet-width 12", "--unet-width 12 must be 8, 16"),
-        ("--exp-name a/b", "--exp-name 'a/b': use up to 100 characters"),
-        ("--tf32 --device cpu", "--tf32 changes what a GPU computes, and this run is on the CPU; leave it out"),
-        ("--device cuda", "--device cuda, but torch sees no CUDA device"),
-    ],
-)
-def test_bad_input_is_one_line_and_code_2(arguments, message, monkeypatch, capsys, folders):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert message in refusal(script, arguments.split(), folders, capsys, monkeypatch)
+def test_the_control_says_what_it_leaves_out(made):
+    text = made("dawm_td3bc", "--synthetic-fraction", "0")[1]
+    assert "no world model, no inverse dynamics, the agent on the real data" in text
 
 
-def test_a_place_that_cannot_be_written_is_told_first(monkeypatch, capsys, folders):
-    monkeypatch.setattr("toy.folders_below", lambda path: ["--run-dir", "/dev/null/runs"])
-    assert "--run-dir /dev/null/runs cannot be written (" in refusal(script, [], folders, capsys, monkeypatch)
-
-
-def test_laptop_defaults_yield_to_flags_and_help_tells_the_method(monkeypatch, capsys):
-    seen = []
-    monkeypatch.setattr(sys, "argv", ["dawm_td3bc.py", "--laptop", "--idm-steps", "7"])
-    script.run_script(seen.append, script.Args, script.LAPTOP)
-    assert seen == [script.Args(**{**script.LAPTOP, "laptop": True, "idm_steps": 7})]
+def test_help_tells_the_method(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["dawm_td3bc.py", "--help"])
     with pytest.raises(SystemExit) as stop:
         script.run_script(script.main, script.Args, script.LAPTOP)

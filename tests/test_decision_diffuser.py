@@ -1,10 +1,8 @@
-"""baselines/decision_diffuser.py: windows, losses, sampler and planner against oracles and plain loops, and the script
-from its command line to load_run.
+"""baselines/decision_diffuser.py: windows, losses, sampler and planner against oracles and plain loops.
 
 What it has from dawm_td3bc.py to the letter (test_source.py) is tested there.
 """
 
-import json
 import sys
 from dataclasses import replace
 
@@ -15,21 +13,10 @@ from common.cli import check_ranges, parse_args
 import numpy as np
 import pytest
 import torch
-from torch import nn
-from toy import Training, hopper_run, linear_dataset, load_elsewhere, metrics, refusal
+from toy import Function, Oracle, Training, linear_dataset
 
 SMALL = dict(env_id="linear", unet_width=16, unet_multipliers=(1, 2), device="cpu")
 SMALL |= dict(plan_horizon=8, idm_width=16, target_return=0.5)
-TOY = "--laptop --eval-episodes 2 --log-every 5 --device cpu --world-model-steps 60 --unet-width 8".split()
-TOY += "--idm-width 16 --plan-horizon 8".split()
-
-
-class Function(nn.Module):
-    """Any function in the place of a network."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.forward = function
 
 
 def make_windows(dataset=None, **changes):
@@ -133,27 +120,13 @@ def test_the_first_state_is_in_its_place_at_every_denoising_step(prediction, war
     assert all(torch.equal(x, torch.cat([first, first])) for x in seen) and torch.equal(plans[:, 0], first)
 
 
-class Oracle(nn.Module):
-    """A denoiser that knows the clean plans [B, L, obs_dim]."""
-
-    def __init__(self, args, x0):
-        super().__init__()
-        self.args, self.x0, self.alpha_bar = args, torch.cat([x0, x0]), script.cosine_alpha_bar(args.diffusion_steps)
-
-    def forward(self, x, k, return_to_go, keep):
-        if self.args.prediction == "x0":
-            return self.x0
-        alpha_bar = self.alpha_bar[k[0]]
-        return (x - alpha_bar.sqrt() * self.x0) / (1 - alpha_bar).sqrt()
-
-
 @pytest.mark.parametrize("prediction", ["noise", "x0"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])
 @pytest.mark.parametrize("warm", [False, True])
 def test_with_an_oracle_any_number_of_steps_gives_its_plan(prediction, steps, warm):
     args, windows, model = make_model(prediction=prediction, sampling_steps=steps, warm_start_steps=5)
     plan = model.units.normalize(windows.obs[windows.rows(torch.arange(4))])
-    model.denoiser = Oracle(args, plan)
+    model.denoiser = Oracle(args, torch.cat([plan, plan]), model.alpha_bar)
     previous = torch.randn_like(plan) if warm else None
     made = script.sample_plans(args, model, plan[:, 0], torch.zeros(4, 1), normal(4, 8, 2), previous)
     torch.testing.assert_close(made, plan, rtol=0, atol=1e-12)
@@ -178,7 +151,7 @@ def test_the_planner_reaches_the_second_state_of_an_oracle_plan(prediction):
     args, windows, model = make_model(prediction=prediction)
     plan = windows.obs[windows.rows(torch.arange(0, 100, 20))]
     units = model.units
-    model.denoiser = Oracle(args, units.normalize(plan))
+    model.denoiser = Oracle(args, units.normalize(plan).repeat(2, 1, 1), model.alpha_bar)
     model.inverse_dynamics = Function(lambda s, after: (units.denormalize(after) - 0.9 * units.denormalize(s)) / 0.3)
     planner = script.Planner(args, model, 5, torch.device("cpu"))
     planner.plans = planner.plans.double()
@@ -275,50 +248,3 @@ def test_a_flag_wins_over_laptop_and_laptop_over_a_preset(monkeypatch):
     assert parsed(monkeypatch, "--preset original --laptop --unet-width 64") == replace(both, unet_width=64)
     for args in (Args(), original, both):
         check_ranges(args), script.check_args(args)
-
-
-@pytest.fixture(scope="module")
-def finished(toy):
-    """A run without a break -> its folder, and what it printed."""
-    text = hopper_run("baselines.decision_diffuser", toy, *TOY)
-    (folder,) = (toy / "runs").glob("*__decision_diffuser__*")
-    return folder, text
-
-
-def test_to_a_score_and_another_target_needs_no_new_training(finished, toy):
-    folder, text = finished
-    assert "normalized score" in text
-    assert list(json.loads((folder / "stages.json").read_text())) == ["decision diffuser", "evaluate planner"]
-    names = {name for line in metrics(folder) for name in line}
-    assert {"world_model/loss", "world_model/val_loss", "idm/loss", "idm/val_mse", "eval/normalized_score"} <= names
-    changes = "--exp-name other --target-return 0.3 --warm-start-steps 3 --eval-episodes 3".split()
-    assert "reused" in hopper_run("baselines.decision_diffuser", toy, *TOY, *changes)
-    (other,) = (toy / "runs").glob("*__other__*")
-    assert metrics(other)[:-1] == metrics(folder)[:-1] and metrics(other)[-1] != metrics(folder)[-1]
-
-
-def test_a_finished_run_is_loaded_in_another_process(finished, tmp_path):
-    load_elsewhere("baselines.decision_diffuser", finished[0], tmp_path / "log")
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ("--plan-horizon 30", "must be a multiple of 4, since a U-Net of 3 levels halves it 2 times; take 32"),
-        ("--plan-horizon 1", "--plan-horizon 1 lies outside [2, 10000]"),
-        ("--warm-start-steps 6", "--warm-start-steps 6 lies outside [1, 5]"),
-        ("--warm-start-steps -1", "--warm-start-steps -1 must be 0 or more"),
-        ("--warm-start-steps 4 --sampling-steps 1", "--warm-start-steps 4 lies outside [5, 5]"),
-        ("--preset original --warm-start-steps 201", "--warm-start-steps 201 lies outside [1, 200]"),
-        ("--target-return own", "own"),
-        ("--preset orginal", "orginal"),
-    ],
-)
-def test_bad_input_is_one_line_and_code_2(arguments, message, tmp_path, capsys, monkeypatch):
-    assert message in refusal(script, arguments.split(), tmp_path, capsys, monkeypatch)
-
-
-def test_plans_longer_than_every_episode_are_told(toy, tmp_path, capsys, monkeypatch):
-    arguments = ["--env-id", "hopper-medium-v2", "--data-path", str(toy / "data.hdf5"), "--plan-horizon", "400"]
-    told = refusal(script, arguments, tmp_path, capsys, monkeypatch)
-    assert "--plan-horizon 400 needs 399 transitions in a row, but the longest episode has" in told

@@ -1,8 +1,8 @@
-"""baselines/diffuser.py: windows, losses, guidance and planner by hand and against oracles, and the script from its
-command line to load_run. What it has from dawm_td3bc.py to the letter (test_source.py) is tested there.
+"""baselines/diffuser.py: windows, losses, guidance and planner by hand and against oracles.
+
+What it has from dawm_td3bc.py to the letter (test_source.py) is tested there.
 """
 
-import json
 from dataclasses import replace
 
 from baselines import diffuser as script
@@ -11,20 +11,9 @@ from baselines.diffuser import Args
 import numpy as np
 import pytest
 import torch
-from torch import nn
-from toy import Training, hopper_run, linear_dataset, load_elsewhere, metrics, refusal
+from toy import Function, Training, linear_dataset
 
 SMALL = dict(env_id="linear", unet_width=16, unet_multipliers=(1, 2), device="cpu", plan_horizon=4, diffusion_steps=5)
-TOY = "--laptop --eval-episodes 2 --log-every 5 --device cpu --world-model-steps 30 --value-steps 20".split()
-TOY += "--unet-width 16 --plans 3".split()
-
-
-class Function(nn.Module):
-    """Any function in the place of a network."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.forward = function
 
 
 def make_model(dataset=None, **changes):
@@ -163,51 +152,3 @@ def test_it_learns_plans_that_the_system_obeys_and_guidance_makes_better():
     assert made[1][1][:, 1:, 0].mean() - made[0][1][:, 1:, 0].mean() > 0.2 * dataset.obs[:, 0].std()
     action = script.Planner(args, model, 40, torch.device("cpu"))(dataset.obs[::30], np.arange(40)).mean(0)
     assert action[0] > 0.3 and abs(action[1]) < 0.2
-
-
-@pytest.fixture(scope="module")
-def finished(toy):
-    """A run without a break -> its folder, and what it printed."""
-    text = hopper_run("baselines.diffuser", toy, *TOY)
-    (folder,) = (toy / "runs").glob("*__diffuser__*")
-    return folder, text
-
-
-def test_to_a_score_and_another_guidance_needs_no_new_training(finished, toy):
-    folder, text = finished
-    assert "normalized score" in text
-    assert list(json.loads((folder / "stages.json").read_text())) == ["world model", "value", "evaluate planner"]
-    names = {name for line in metrics(folder) for name in line}
-    assert {
-        "world_model/loss",
-        "world_model/val_loss",
-        "value/loss",
-        "value/val_loss",
-        "eval/normalized_score",
-    } <= names
-    changes = "--exp-name unguided --guide-scale 0 --plans 2".split()
-    assert hopper_run("baselines.diffuser", toy, *TOY, *changes).count("reused") >= 2
-    (other,) = (toy / "runs").glob("*__unguided__*")
-    assert metrics(other)[:-1] == metrics(folder)[:-1] and metrics(other)[-1] != metrics(folder)[-1]
-
-
-def test_a_finished_run_is_loaded_in_another_process(finished, tmp_path):
-    load_elsewhere("baselines.diffuser", finished[0], tmp_path / "log")
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ("--plan-horizon 30", "must be a multiple of 8, since a U-Net of 4 levels halves it 3 times; take 32"),
-        ("--env-id halfcheetah-medium-v2 --plan-horizon 6", "must be a multiple of 4"),
-        ("--guide-stop 21", "--guide-stop 21 is above --diffusion-steps 20"),
-        (
-            "--laptop --unet-width 8",
-            "--unet-width 8 times the last of --unet-multipliers, 16, must be a multiple of 32",
-        ),
-        ("--laptop --unet-multipliers 1 --plans 1", "a batch of one needs 64 channels or more at the last level"),
-        ("--plans 0", "--plans 0 must be 1 or more"),
-    ],
-)
-def test_bad_input_is_one_line_and_code_2(arguments, message, tmp_path, capsys, monkeypatch):
-    assert message in refusal(script, arguments.split(), tmp_path, capsys, monkeypatch)

@@ -1,8 +1,7 @@
 """baselines/diffusion_mpc.py: windows, sampler and ranking by hand and against oracles, what it learns of a linear
-system, and the script from its command line to load_run.
+system.
 """
 
-import json
 from types import SimpleNamespace
 
 from baselines import diffusion_mpc as script
@@ -11,13 +10,10 @@ from baselines.diffusion_mpc import Args
 import numpy as np
 import pytest
 import torch
-from torch import nn
-from toy import Training, hopper_file, hopper_run, linear_dataset, load_elsewhere, metrics, refusal
+from toy import Function, Oracle, Training, linear_dataset
 
 NETWORK = dict(transformer_layers=1, transformer_width=32, transformer_heads=2, attention_width=32, mlp_width=64)
 SMALL = dict(env_id="linear", device="cpu", plan_horizon=4, candidates=8, **NETWORK)
-TOY = "--laptop --eval-episodes 2 --log-every 5 --device cpu --world-model-steps 20 --transformer-layers 1".split()
-TOY += "--transformer-width 8 --attention-width 8 --mlp-width 8 --transformer-heads 2 --candidates 3".split()
 
 
 def make_windows(dataset=None, **changes):
@@ -56,22 +52,12 @@ def test_return_labels_by_hand():
     assert abs(float(windows.return_to_go.mean())) < 1e-6
 
 
-class Oracle:
-    """A denoiser that knows the clean window [B, L, dim]."""
-
-    def __init__(self, args, x0, num_diffusion_steps):
-        self.args, self.x0, self.alpha_bar = args, x0, script.cosine_alpha_bar(num_diffusion_steps)
-
-    def __call__(self, x, k):
-        signal = self.alpha_bar[k][:, None, None]
-        return self.x0 if self.args.prediction == "x0" else (x - signal.sqrt() * self.x0) / (1 - signal).sqrt()
-
-
 @pytest.mark.parametrize("prediction", ["noise", "x0"])
 @pytest.mark.parametrize("steps", [1, 5, 32])
 def test_with_an_oracle_ddim_gives_its_window_and_the_loss_is_0(prediction, steps):
     args, x0 = Args(**SMALL, prediction=prediction), torch.rand(6, 4, 2).double() * 2 - 1
-    oracle, alpha_bar = Oracle(args, x0, steps), script.cosine_alpha_bar(steps)
+    alpha_bar = script.cosine_alpha_bar(steps)
+    oracle = Oracle(args, x0, alpha_bar)
     units = SimpleNamespace(low=-torch.ones(2).double(), high=torch.ones(2).double())
     made = script.ddim(args, steps, units, oracle, (), torch.randn(6, 4, 2).double())
     torch.testing.assert_close(made, x0, rtol=0, atol=1e-12)
@@ -102,14 +88,6 @@ def test_the_learning_rate_rises_and_falls_by_hand():
     np.testing.assert_allclose(rates, [2e-7, 5e-5, 1e-4, 5.5e-5, 1e-5], rtol=1e-12)
 
 
-class ActionIsChange(nn.Module):
-    """Says "the change is the action" of one step, and keeps the states that it was given."""
-
-    def forward(self, obs, action, x, k):
-        self.given = [*getattr(self, "given", []), obs[:, 0]]
-        return action
-
-
 def test_one_step_dynamics_also_learn_what_follows_a_fall(monkeypatch):
     """A fallen state stays: such steps, whose change is 0, are among those that it learns."""
     windows, seen = make_windows(linear_dataset(terminated=True)), []
@@ -121,16 +99,17 @@ def test_one_step_dynamics_also_learn_what_follows_a_fall(monkeypatch):
 
 
 def test_one_step_dynamics_go_on_from_the_state_before():
-    """In units of the data, states are sums of actions, one call of the network for each of the four."""
+    """A network that says "the change is the action": states are sums of actions, with a call for each of the four."""
     args = Args(**SMALL, dynamics="one_step", dynamics_diffusion_steps=1, prediction="x0")
-    dynamics, wide = script.Dynamics(args, make_windows()), torch.full((2,), 9.0)
-    dynamics.net, dynamics.obs_range = ActionIsChange(), torch.stack([-wide, wide])
+    dynamics, wide, given = script.Dynamics(args, make_windows()), torch.full((2,), 9.0), []
+    dynamics.net = Function(lambda obs, action, x, k: given.append(obs[:, 0]) or action)
+    dynamics.obs_range = torch.stack([-wide, wide])
     for units in (dynamics.obs_units, dynamics.action_units, dynamics.units):
         units.shift, units.scale, units.low, units.high = torch.zeros(2), torch.ones(2), -wide, wide
     action = torch.rand(3, 4, 2)
     states = dynamics.sample(torch.zeros(3, 2), action, lambda length, dim: torch.randn(3, length, dim))
     torch.testing.assert_close(states[:, 1:], action.cumsum(1))
-    assert torch.equal(torch.stack(dynamics.net.given, 1), states[:, :-1])
+    assert torch.equal(torch.stack(given, 1), states[:, :-1])
 
 
 def test_the_planner_takes_the_first_action_of_the_best_and_episodes_do_not_mix():
@@ -168,38 +147,3 @@ def test_it_learns_dynamics_proposal_and_the_right_first_action():
     assert 0.35 < action.std() < 0.65 and abs(float(action.mean())) < 0.1
     best = script.Planner(args, model, len(obs), torch.device("cpu"))(obs.numpy(), np.arange(len(obs)))
     assert best[:, 0].mean() > 0.25 and abs(best[:, 1].mean()) < 0.25
-
-
-@pytest.fixture(scope="module")
-def finished(toy):
-    """A run without a break -> its folder, and what it printed."""
-    text = hopper_run("baselines.diffusion_mpc", toy, *TOY)
-    (folder,) = (toy / "runs").glob("*__diffusion_mpc__*")
-    return folder, text
-
-
-def test_to_a_score_and_other_arms_train_only_what_they_change(finished, toy, tmp_path):
-    folder, text = finished
-    stages = ["dynamics model", "proposal", "objective", "evaluate planner"]
-    assert "normalized score" in text and list(json.loads((folder / "stages.json").read_text())) == stages
-    names = {name for line in metrics(folder) for name in line}
-    networks = ("world_model", "proposal", "objective")
-    assert {f"{name}/{what}" for name in networks for what in ("loss", "val_loss")} <= names
-    for words, found in (("--candidates 2", 3), ("--proposal gaussian", 2), ("--dynamics one_step", 2)):
-        told = hopper_run("baselines.diffusion_mpc", toy, *TOY, "--exp-name", "arm", *words.split())
-        assert told.count("reused") == 2 * found, (words, told)  # as it goes on, and in the closing table
-    load_elsewhere("baselines.diffusion_mpc", folder, tmp_path / "log")
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ("--attention-width 30", "--attention-width 30 must be a multiple of --transformer-heads 8; take 32"),
-        ("--final-lr 0.1", "--final-lr 0.1 is above --world-model-lr 0.0001; lower it"),
-        ("--proposal mlp", "proposal"),
-        ("--plan-horizon 400", "--plan-horizon 400 needs as many transitions in a row, but the longest episode has"),
-    ],
-)
-def test_bad_input_is_one_line_and_code_2(arguments, message, tmp_path, capsys, monkeypatch):
-    arguments = [*arguments.split(), "--env-id", "hopper-medium-v2", "--data-path", str(hopper_file(tmp_path / "data"))]
-    assert message in refusal(script, arguments, tmp_path, capsys, monkeypatch)

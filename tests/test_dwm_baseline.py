@@ -1,54 +1,22 @@
-"""dwm_baseline.py: imagined targets by hand and by plain loops, equal arms, and the script by its command line.
+"""dwm_baseline.py: imagined targets by plain loops, equal arms, futures.
 
 What it has from the other scripts to the letter (test_source.py) is tested with them.
 """
-
-import json
 
 import dawm_iql
 import dawm_td3bc
 import dwm_baseline as script
 from common.cli import Signals, Stopped
-from common.run import Run
-from common.stages import stage_source
 from dwm_baseline import Args
 
 import pytest
 import torch
-from toy import TINY, TOY, TOY_AGENT, TOY_WORLD_MODEL, hopper_run, linear_dataset, load_elsewhere, refusal
+from toy import TINY, linear_dataset, new_run
 
 STEPS = 8  # imagined by a world model of horizon 7
 
 
-@pytest.fixture
-def float64():
-    """What is made anew has doubles, so that two orders of the same sum differ in the last digits of these alone."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 # ---- Targets
-
-REWARD, VALUE, ALIVE = torch.tensor([[1.0, 2, 3]]), torch.tensor([[10.0, 20, 30]]), torch.zeros(1, 3)
-BY_HAND = [  # lambda, or Diffusion-MVE; ends; the printed recursion's fourth reward; target
-    ("mve", ALIVE, None, 27.1),  # 1 + 0.9 * 2 + 0.81 * 3 + 0.729 * 30
-    (1.0, ALIVE, None, 27.1),
-    (0.5, ALIVE, None, 16.525),  # G_3 = G_2 = 30; G_1 = 2 + 0.9 * (10 + 15) = 24.5; G_0 = 1 + 0.9 * (5 + 12.25)
-    (0.0, ALIVE, None, 10.0),  # 1 + 0.9 * 10
-    (1.0, ALIVE, torch.tensor([4.0]), 27.829),  # 1 + 1.8 + 2.43 + 0.729 * (4 + 0.9 * 30)
-    # Nothing is added after an end: 1, 1 + 0.9 * 2, 1 + 0.9 * 2 + 0.81 * 3.
-    *((kind, torch.eye(3)[[i]], None, x) for kind in ("mve", 1.0) for i, x in enumerate((1.0, 2.8, 5.23))),
-]
-
-
-@pytest.mark.parametrize("weight, ended, extra, expected", BY_HAND)
-def test_targets_by_hand(weight, ended, extra, expected):
-    if weight == "mve":
-        target = script.mve_target(REWARD, ended, VALUE[:, -1], 0.9)
-    else:
-        target = script.lambda_return(REWARD, ended, VALUE, 0.9, weight, extra_reward=extra)
-    assert target.tolist() == pytest.approx([expected])
 
 
 def n_step(reward, ended, value, gamma, n, extra=False):
@@ -71,7 +39,7 @@ def mixture(reward, ended, value, gamma, n, weight, extra):
 @pytest.mark.parametrize("horizon", [1, 3, 7])
 @pytest.mark.parametrize("termination", ["rule", "none"])
 @pytest.mark.parametrize("kind", ["mve", "corrected", "printed"])
-def test_imagined_target_against_a_plain_loop(horizon, termination, kind, float64):
+def test_imagined_target_against_a_plain_loop(horizon, termination, kind, double):
     """States are worth their first number. Beyond the horizon all is NaN, but for the printed recursion's reward."""
     ended = torch.rand(50, STEPS) < 0.25
     ended[0], ended[1] = False, torch.eye(STEPS)[3]
@@ -92,7 +60,7 @@ def test_imagined_target_against_a_plain_loop(horizon, termination, kind, float6
 
 @pytest.mark.parametrize("lambda_return", [False, True])
 @pytest.mark.parametrize("kind, home", [("TD3BC", dawm_td3bc), ("IQL", dawm_iql)])
-def test_at_horizon_1_the_updates_are_dawms_on_the_same_transitions(kind, home, lambda_return, float64):
+def test_at_horizon_1_the_updates_are_dawms_on_the_same_transitions(kind, home, lambda_return, double):
     """Five of them: networks, noise, losses, rates, target networks. Their tests by hand hold here too."""
     settings = dict(agent_lr=0.01, tau=0.1, policy_delay=2, agent_updates=4)
     args = Args(horizon=1, termination="rule", lambda_return=lambda_return, **settings)
@@ -179,20 +147,14 @@ def test_a_fall_by_the_simulators_rule_is_an_end_too():
     assert script.mark_ends(windows, height, reward)[0].nonzero()[:, 1].tolist() == [2, 7]
 
 
-@pytest.fixture
-def new_run(tmp_path):
-    """A run on the linear system, with a log that keeps nothing."""
-
-    def new_run(**changes):
-        run = Run(Args(**TINY, run_dir=tmp_path / "runs", stage_dir=tmp_path / "stages", **changes))
-        run.folder, run.content, run.log = tmp_path, {}, lambda *_: None
-        run.fingerprints |= {"data": "data", "world model": "model"}
-        return run
-
-    return new_run
+def run_of(folder, **changes):
+    """A run on the linear system, behind a world model."""
+    run = new_run(folder, args_class=Args, **TINY | changes)
+    run.fingerprints["world model"] = "model"
+    return run
 
 
-def test_stored_futures_are_all_pairs_whatever_stops_them_for_every_target_and_agent(new_run, monkeypatch):
+def test_stored_futures_are_all_pairs_whatever_stops_them_for_every_target_and_agent(tmp_path, monkeypatch):
     windows, imagine, stops = make_windows(), script.imagine_futures, 0
     world_model = script.WorldModel(Args(**TINY), windows)
 
@@ -203,7 +165,7 @@ def test_stored_futures_are_all_pairs_whatever_stops_them_for_every_target_and_a
         return imagine(*arguments)
 
     monkeypatch.setattr(script, "imagine_futures", stop_once)
-    run = new_run(synthesis_batch_size=64)
+    run = run_of(tmp_path, synthesis_batch_size=64)
     with pytest.raises(Stopped, match=r"at 192 of 300 pairs, with a checkpoint"):
         script.synthesize(run.args, windows, world_model, run)
     Signals.received = None
@@ -215,17 +177,17 @@ def test_stored_futures_are_all_pairs_whatever_stops_them_for_every_target_and_a
             assert torch.equal(stored[name][index], values), name
 
     for same in (dict(horizon=3), dict(termination="rule"), dict(agent="iql"), dict(lambda_return=True)):
-        other = new_run(synthesis_batch_size=64, **same)
+        other = run_of(tmp_path, synthesis_batch_size=64, **same)
         found = script.synthesize(other.args, windows, world_model, other)
         assert other.kept == run.kept and all(torch.equal(found[name], stored[name]) for name in stored)
-    other = new_run(synthesis_batch_size=64, guidance_scale=1.0)
+    other = run_of(tmp_path, synthesis_batch_size=64, guidance_scale=1.0)
     script.synthesize(other.args, windows, world_model, other)
     assert stops == 10 and other.kept != run.kept
 
 
 @pytest.mark.parametrize("kind", ["td3bc", "iql"])
 @pytest.mark.parametrize("stored", [True, False])
-def test_agents_learn_at_real_pairs_from_their_own_futures(kind, stored, new_run, monkeypatch):
+def test_agents_learn_at_real_pairs_from_their_own_futures(kind, stored, tmp_path, monkeypatch):
     windows, batches = make_windows(), []
     number = torch.arange(300.0)
     futures = {"reward": number[:, None].repeat(1, STEPS), "ended": torch.zeros(300, STEPS, dtype=torch.bool)}
@@ -234,7 +196,7 @@ def test_agents_learn_at_real_pairs_from_their_own_futures(kind, stored, new_run
     monkeypatch.setattr(script, "evaluate", lambda *_: None)
     agent_class = script.TD3BC if kind == "td3bc" else script.IQL
     monkeypatch.setattr(agent_class, "update", lambda *a, update_actor: (batches.append((*a[1:], update_actor)), {})[1])
-    run = new_run(agent=kind, agent_updates=9, agent_batch_size=64, policy_delay=3)
+    run = run_of(tmp_path, agent=kind, agent_updates=9, agent_batch_size=64, policy_delay=3)
     script.train_agent(run.args, linear_dataset(10), windows, None, futures if stored else None, None, run)
     for obs, action, future, _ in batches:
         index = future["reward"][:, 0].long()
@@ -242,49 +204,3 @@ def test_agents_learn_at_real_pairs_from_their_own_futures(kind, stored, new_run
         assert torch.equal(obs, windows.obs[windows.start[index]]) and torch.equal(action, windows.action[index])
     assert torch.cat([batch[2]["reward"][:, 0] for batch in batches]).unique().numel() > 200  # of 300, drawn 576 times
     assert [update_actor for *_, update_actor in batches] == [False, False, True] * 3
-
-
-# ---- The command line
-
-TOY_DWM = [*TOY_AGENT, *TOY_WORLD_MODEL]
-
-
-@pytest.fixture(scope="module")
-def dawm(toy) -> dict[str, str]:
-    """The kept stages of a run of dawm_td3bc.py."""
-    hopper_run("dawm_td3bc", toy, *TOY, "--exp-name", "before-dwm")
-    return json.loads(next((toy / "runs").glob("*__before-dwm__*/stages.json")).read_text())
-
-
-def test_the_world_model_is_made_by_the_code_of_dawm_td3bc():
-    assert stage_source(script.train_world_model) == stage_source(dawm_td3bc.train_world_model)
-
-
-@pytest.mark.parametrize(
-    "options, loss",
-    [
-        (["--agent", "iql", "--horizon", "7"], "agent/vf_loss"),
-        ("--rollouts online --lambda-return True --lambda-base printed --termination none".split(), "agent/bc_loss"),
-    ],
-)
-def test_both_agents_reach_a_score_with_the_world_model_of_dawm_td3bc(options, loss, toy, dawm, tmp_path):
-    text = hopper_run("dwm_baseline", toy, *TOY_DWM, *options, "--exp-name", options[1])
-    (folder,) = (toy / "runs").glob(f"*__{options[1]}__*")
-    stages = json.loads((folder / "stages.json").read_text())
-    assert list(stages) == ["world model", *(["synthesize"] if "online" not in options else []), "agent"]
-    assert stages["world model"] == dawm["world model"] and f"world model      reused {dawm['world model']}" in text
-    logged = {key for line in (folder / "metrics.jsonl").read_text().splitlines() for key in json.loads(line)}
-    assert {"world_model/loss", "agent/qf_target", "eval/normalized_score", loss} <= logged
-    load_elsewhere("dwm_baseline", folder, tmp_path / "log")
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--agent", "sac"], "invalid choice 'sac' for argument '--agent'. Expected one of ('td3bc', 'iql')"),
-        (["--horizon", "8"], "--horizon 8 is above --model-horizon 7; raise that too"),
-        (["--lambda-weight", "1.5"], "--lambda-weight 1.5 lies outside [0, 1]"),
-    ],
-)
-def test_bad_input_is_one_line_and_code_2(arguments, message, tmp_path, capsys, monkeypatch):
-    assert message in refusal(script, arguments, tmp_path, capsys, monkeypatch)

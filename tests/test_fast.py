@@ -81,18 +81,23 @@ def test_gradcheck():
         torch.autograd.grad(slope.sum(), x)
 
 
-@pytest.mark.parametrize("length", [1, 8, 9])
-def test_the_denoiser_is_the_same_function_of_the_same_parameters(length):
-    plain = script.TemporalUNet(12, 3, 16, (1, 4)).double()
-    quick = copy.deepcopy(fast.on_cpu(copy.deepcopy(plain)))  # a copy keeps its forms
+def same_function(plain: nn.Module, quick: nn.Module, length: int) -> None:
+    """Of the same parameters: outputs and gradients of two denoisers."""
     assert plain.state_dict().keys() == quick.state_dict().keys()
-    assert {type(part) for part in quick.modules()} >= {fast.Conv, fast.Norm, fast.Mish}
     x, k = torch.randn(3, length, 12, dtype=torch.float64), torch.randint(1, 6, (3,))
     given = torch.randn(3, 3).double(), torch.rand(3, 1).double(), torch.ones(3, 1).double()
     for net in (plain, quick):
         net(x, k, *given).square().sum().backward()
     close([quick(x, k, *given)], [plain(x, k, *given)], 1e4)  # 25 layers
     close([p.grad for p in quick.parameters()], [p.grad for p in plain.parameters()], 1e5)
+
+
+@pytest.mark.parametrize("length", [1, 8, 9])
+def test_the_denoiser_is_the_same_function_of_the_same_parameters(length):
+    plain = script.TemporalUNet(12, 3, 16, (1, 4)).double()
+    quick = copy.deepcopy(fast.on_cpu(copy.deepcopy(plain)))  # a copy keeps its forms
+    assert {type(part) for part in quick.modules()} >= {fast.Conv, fast.Norm, fast.Mish}
+    same_function(plain, quick, length)
 
 
 def test_what_is_not_known_is_left_alone():
@@ -126,11 +131,4 @@ def test_another_device_gets_the_plain_modules():
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_denoiser_is_the_same_function():
     plain = script.TemporalUNet(12, 3, 16, (1, 2)).double()
-    quick = fast.on_cpu(copy.deepcopy(plain), compiled=True)
-    x, k = torch.randn(4, 9, 12).double(), torch.randint(1, 6, (4,))
-    given = torch.randn(4, 3).double(), torch.rand(4, 1).double(), torch.ones(4, 1).double()
-    for net in (plain, quick):
-        net(x, k, *given).square().sum().backward()
-    close([quick(x, k, *given)], [plain(x, k, *given)], 1e4)
-    close([p.grad for p in quick.parameters()], [p.grad for p in plain.parameters()], 1e5)
-    assert quick.state_dict().keys() == plain.state_dict().keys()
+    same_function(plain, fast.on_cpu(copy.deepcopy(plain), compiled=True), 9)

@@ -1,32 +1,20 @@
-"""variants/joint_td3bc.py: actions sampled with the states, and the script from its command line to load_run.
+"""variants/joint_td3bc.py: actions sampled with the states.
 
 What it has from dawm_td3bc.py to the letter (test_source.py) is tested there.
 """
-
-import json
 
 from variants import joint_td3bc as script
 
 import numpy as np
 import pytest
 import torch
-from toy import TINY, TOY_AGENT, TOY_WORLD_MODEL, Training, hopper_run, linear_dataset, load_elsewhere, metrics
-
-
-@pytest.fixture
-def double():
-    """What must be equal is so to the rounding of float64, on any machine."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+from toy import TINY, Training, in_default_dtype, linear_dataset
 
 
 def make_model(dataset=None, **changes):
     args = script.Args(**TINY | changes)
     windows = script.Windows(args, dataset or linear_dataset(), torch.device("cpu"))
-    for name, value in vars(windows).items():
-        if torch.is_tensor(value) and value.is_floating_point():
-            setattr(windows, name, value.to(torch.get_default_dtype()))
+    in_default_dtype(windows)
     return args, windows, script.WorldModel(args, windows).to(torch.get_default_dtype())
 
 
@@ -107,16 +95,3 @@ def test_generated_actions_explain_the_generated_states():
     for step in (1, 2):  # generated; the first is given
         own, chance = ((x[:, step] - inverse[:, step]).square().mean().sqrt() for x in (made, others))
         assert own < 0.75 * chance and made[:, step].std() > 0.2  # nor is one action the answer to all
-
-
-# ---- The command line
-
-
-def test_to_a_score_without_inverse_dynamics(toy, tmp_path):
-    text = hopper_run("variants.joint_td3bc", toy, *TOY_AGENT, *TOY_WORLD_MODEL)
-    (folder,) = (toy / "runs").glob("*__joint_td3bc__*")
-    stages = json.loads((folder / "stages.json").read_text())
-    assert list(stages) == ["world model", "synthesize", "agent"] and "final" in text
-    names = {name for line in metrics(folder) for name in line}
-    assert "world_model/loss" in names and not any(name.startswith("idm/") for name in names)
-    load_elsewhere("variants.joint_td3bc", folder, tmp_path / "log")

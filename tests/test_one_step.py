@@ -1,9 +1,8 @@
-"""baselines/one_step.py: ensemble, rollouts and targets by hand, what it learns, and the script from its command line.
+"""baselines/one_step.py: ensemble, rollouts and targets by hand, what it learns.
 
 What it has from the other scripts to the letter (test_source.py) is tested with them.
 """
 
-import json
 from dataclasses import replace
 
 import dawm_td3bc
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from toy import SCRIPTS, Training, hopper_run, linear_dataset, load_elsewhere, metrics, refusal
+from toy import Training, linear_dataset
 
 CPU = torch.device("cpu")
 
@@ -22,7 +21,6 @@ CPU = torch.device("cpu")
 
 
 def test_each_member_is_a_perceptron_of_its_own():
-    torch.manual_seed(0)
     networks, x = script.Networks(3, [4, 8, 8, 2]), torch.randn(3, 5, 4)
     for member in range(3):
         h = x[member]
@@ -33,7 +31,6 @@ def test_each_member_is_a_perceptron_of_its_own():
 
 
 def test_the_loss_is_the_gaussians_likelihood():
-    torch.manual_seed(0)
     ensemble = script.GaussianEnsemble(Args(ensemble_size=2, ensemble_width=8), 3, 2)
     x, y = torch.randn(2, 6, 3), torch.randn(2, 6, 2)
     mean, variance = ensemble(x)
@@ -52,16 +49,6 @@ def test_each_row_is_dealt_to_one_member_and_comes_back_to_its_place(size):
     assert dealt.shape == (3, -(-size // 3), 2) and torch.equal(dealt.flatten(0, 1)[places], x)
     owners = torch.stack([world_model.deal(x)[1] // dealt.shape[1] for _ in range(200)])
     assert (owners.float().std(0) > 0).all() or size < 3  # not always the same member
-
-
-@pytest.fixture(scope="module")
-def learned():
-    """A world model of the linear system, on which an episode ends where the next s_0 lies above 0.5."""
-    args = Args(world_model_steps=300, world_model_lr=5e-3, world_model_batch_size=128, log_every=50, horizon=3)
-    args.ensemble_size, args.ensemble_width, args.ensemble_layers = 2, 32, 3
-    dataset = linear_dataset(episodes=100)
-    windows = Windows(replace(dataset, terminated=dataset.next_obs[:, 0] > 0.5), CPU)
-    return args, windows, script.train_world_model(args, windows, Training())
 
 
 def test_each_part_keeps_the_weights_that_were_best_for_it(monkeypatch):
@@ -83,9 +70,15 @@ def test_each_part_keeps_the_weights_that_were_best_for_it(monkeypatch):
         assert all(not torch.equal(best[name], x[name]) for name in names for x in seen if x is not at)
 
 
-def test_rollouts_obey_the_linear_system(learned):
-    """Whoever acts. Errors of single steps, where an action moves the state by 0.15 on average."""
-    args, windows, world_model = learned
+def test_rollouts_obey_the_linear_system():
+    """Whoever acts, where an episode ends with the next s_0 above 0.5. Errors of single steps, where an action moves
+    the state by 0.15 on average.
+    """
+    args = Args(world_model_steps=300, world_model_lr=5e-3, world_model_batch_size=128, log_every=50, horizon=3)
+    args.ensemble_size, args.ensemble_width, args.ensemble_layers = 2, 32, 3
+    dataset = linear_dataset(episodes=100)
+    windows = Windows(replace(dataset, terminated=dataset.next_obs[:, 0] > 0.5), CPU)
+    world_model = script.train_world_model(args, windows, Training())
     torch.manual_seed(0)
     index = torch.arange(len(windows.action))
     pair = windows.obs[windows.start], windows.action
@@ -122,7 +115,6 @@ def test_ends_are_the_models_own_or_those_of_the_rule():
 
 
 def test_targets_of_one_step_are_dawms_and_of_more_steps_by_hand():
-    torch.manual_seed(0)
     args, rows = Args(policy_noise=0), torch.randn(6, 3, 8)
     rows[..., -1] = torch.tensor([[0, 0, 0], [0, 1, 0], [1, 0, 0]]).repeat(2, 1)
     agent = script.TD3BC(args, torch.randn(50, 2), 2)
@@ -138,30 +130,3 @@ def test_targets_of_one_step_are_dawms_and_of_more_steps_by_hand():
             discount, alive = discount * args.gamma, alive * (1 - float(ended[b, step]))
         sums.append(total + discount * alive * float(value[b]))
     assert agent.update(rows, False)["agent/qf_target"].item() == pytest.approx(np.mean(sums), abs=1e-5)
-
-
-# ---- The whole method
-
-
-@pytest.mark.parametrize("options", [[], ["--preset", "dwm"], ["--actions", "policy", "--horizon", "2"]])
-def test_each_way_reaches_a_score_and_is_found_again(options, toy, tmp_path):
-    name = "one-step-" + "".join(options).replace("-", "")
-    text = hopper_run("baselines.one_step", toy, *SCRIPTS["baselines.one_step"], *options, "--exp-name", name)
-    (folder,) = (toy / "runs").glob(f"*__{name}__*")
-    stages = list(json.loads((folder / "stages.json").read_text()))
-    assert "final" in text and stages == ["world model", *(["synthesize"] * (not options)), "agent"]
-    logged = {name: value for line in metrics(folder) for name, value in line.items()}
-    assert {"world_model/val_cloning_loss", "agent/bc_loss", "eval/normalized_score"} <= logged.keys()
-    load_elsewhere("baselines.one_step", folder, tmp_path / "log")
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--ensemble-size", "0"], "--ensemble-size 0 must be 1 or more"),
-        (["--ensemble-layers", "1"], "--ensemble-layers 1 must be 2 or more"),
-        (["--actions", "inferred"], "invalid choice 'inferred' for argument '--actions'"),
-    ],
-)
-def test_bad_input_is_one_line_and_code_2(arguments, message, tmp_path, capsys, monkeypatch):
-    assert message in refusal(script, arguments, tmp_path, capsys, monkeypatch)

@@ -1,7 +1,6 @@
 """A task that is no robot of D4RL: negative returns, actions in [-2, 2] or behind a wrapper; every script on it."""
 
 import importlib
-import json
 import os
 
 from common import export
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from minari.data_collector import EpisodeBuffer
-from toy import SCRIPTS, child, folders_below, run
+from toy import SCRIPTS, child, folders_below, metrics, run
 
 ACTORS = ("dawm_td3bc", "dawm_iql", "baselines.polygrad", "baselines.diamond")  # one script for each kind of actor
 
@@ -63,8 +62,7 @@ def test_every_script_is_scored_in_the_sets_own_environment(folders, wrapped):
         assert result.code == 0 and "no D4RL reference" in result.text, (module, result.text[-2000:])
         if module in ACTORS:
             (folder,) = folders.glob(f"runs/*__{module.split('.')[-1]}__*")
-            values = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-            final = [line["eval/episodic_return"] for line in values if "eval/episodic_return" in line][-1]
+            final = [line["eval/episodic_return"] for line in metrics(folder) if "eval/episodic_return" in line][-1]
             log = folders / f"{module}.log"
             process = child(returns_in_its_own_environment, module, folder, name, log=log)
             process.join()

@@ -13,6 +13,7 @@ from common import UserError
 from common.evaluation import Evaluator, normalized_score
 from common.run import Run
 
+import controls
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from safetensors import safe_open
 from test_own_data import record
-from toy import ROOT, SCRIPTS, TOY_AGENT, child, folders_below, hopper_run, run
+from toy import ROOT, SCRIPTS, TOY_AGENT, child, folders_below, metrics, run
 
 
 def policy(folder: Path, *words, **environment) -> SimpleNamespace:
@@ -37,7 +38,8 @@ def policy(folder: Path, *words, **environment) -> SimpleNamespace:
 def _command(words: list[str]) -> None:
     """As `python words`: only the script's own folder is searched, and nothing of ours has been imported."""
     script = ROOT / words[0]
-    sys.path[:] = [str(script.parent), *(p for p in sys.path if Path(p) not in (Path(), ROOT, ROOT / "tests"))]
+    ours = {Path(), ROOT, *(ROOT / name for name in ("tests", "experiments", "benchmarks"))}
+    sys.path[:] = [str(script.parent), *(p for p in sys.path if Path(p) not in ours)]
     for name, module in list(sys.modules.items()):
         if ROOT in Path(getattr(module, "__file__", None) or "/").parents and "site-packages" not in module.__file__:
             del sys.modules[name]
@@ -47,24 +49,8 @@ def _command(words: list[str]) -> None:
 
 def finals(folder: Path) -> tuple[float, float]:
     """Mean return and standard deviation of the last evaluation in a run's log."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    last = [line for line in lines if "eval/episodic_return" in line][-1]
+    last = [line for line in metrics(folder) if "eval/episodic_return" in line][-1]
     return last["eval/episodic_return"], last["eval/episodic_return_std"]
-
-
-@pytest.fixture(scope="module")
-def made(toy):
-    """Makes the toy run of a learner once -> its folder."""
-    folders = {}
-
-    def make(module: str) -> Path:
-        if module not in folders:
-            name = f"policy-{module.split('.')[-1]}"
-            hopper_run(module, toy, *SCRIPTS[module], "--exp-name", name)
-            (folders[module],) = (toy / "runs").glob(f"*__{name}__*")
-        return folders[module]
-
-    return make
 
 
 @pytest.mark.parametrize("script", [p.name for p in ROOT.glob("experiments/*.py") if "main" in p.read_text()])
@@ -78,7 +64,7 @@ def test_every_command_finds_the_projects_modules(script, tmp_path):
 
 @pytest.mark.parametrize("module", SCRIPTS)
 def test_the_first_start_seed_is_the_runs_own_evaluation(module, made, tmp_path):
-    folder = made(module)
+    folder = made(module)[0]
     result = policy(tmp_path, folder, "--episodes", 2, "--starts", 1)
     assert result.code == 0, result.text
     mean, std = finals(folder)
@@ -92,7 +78,7 @@ def test_the_first_start_seed_is_the_runs_own_evaluation(module, made, tmp_path)
 
 def test_table1_tells_what_a_run_took_and_got(made, tmp_path):
     """A row for an actor whose synthetic set is kept, with one more seed; one for a planner, which makes none."""
-    folder, other, second = made("dawm_td3bc"), made("baselines.decision_diffuser"), tmp_path / "second"
+    folder, other, second = made("dawm_td3bc")[0], made("baselines.decision_diffuser")[0], tmp_path / "second"
     shutil.copytree(folder, second)
     content = json.loads((folder / "args.json").read_text())
     content["args"]["seed"] = 1
@@ -117,12 +103,12 @@ def test_table1_tells_what_a_run_took_and_got(made, tmp_path):
 def test_start_seeds_are_blocks_of_episodes_in_the_physics_asked_for(made, tmp_path):
     import dawm_td3bc
 
-    parts = dawm_td3bc.load_run(made("dawm_td3bc"))
+    parts = dawm_td3bc.load_run(made("dawm_td3bc")[0])
     parts.actor.requires_grad_(False)
     evaluator = Evaluator(parts.dataset, "stock", 3)
     returns = [evaluator(lambda obs: parts.actor(dawm_td3bc.torch.as_tensor(obs)).numpy(), seed) for seed in (5, 8)]
     words = "--seed 5 --episodes 3 --starts 2 --physics stock".split()
-    result = policy(tmp_path, made("dawm_td3bc"), *words)
+    result = policy(tmp_path, made("dawm_td3bc")[0], *words)
     assert "start seeds 5, 8; episodes of each: 3, in Hopper-v4, physics stock" in result.text
     for name, of in (("episodes", np.concatenate(returns)), ("means", np.mean(returns, axis=1))):
         numbers = [of.mean(), of.std(ddof=1), of.min(), of.max()]
@@ -131,7 +117,7 @@ def test_start_seeds_are_blocks_of_episodes_in_the_physics_asked_for(made, tmp_p
 
 def test_an_episode_as_sticks_ends_with_its_fall(made, tmp_path):
     gif, words = tmp_path / "policy.gif", "--episodes 2 --starts 1".split()
-    result = policy(tmp_path, made("dawm_td3bc"), *words, "--gif", gif, MUJOCO_GL="disabled")
+    result = policy(tmp_path, made("dawm_td3bc")[0], *words, "--gif", gif, MUJOCO_GL="disabled")
     assert result.code == 0, result.text
     frames, steps = map(int, re.search(r"policy.gif: (\d+) frames.*; (\d+) steps, return", result.text).groups())
     assert frames == -(-steps // 5) + 1  # 125 states a second, 25 frames, and the fall
@@ -172,7 +158,7 @@ def test_a_task_without_a_d4rl_score_is_told_in_returns(folders):
     ],
 )
 def test_bad_input_is_one_line_and_code_2(words, message, made, tmp_path):
-    run_folder = made("dawm_td3bc")
+    run_folder = made("dawm_td3bc")[0]
     (tmp_path / "FOREIGN").mkdir()
     (tmp_path / "FOREIGN" / "args.json").write_text('{"module": "no_such_script"}')
     (tmp_path / "UNFINISHED").mkdir()
@@ -218,9 +204,6 @@ def test_the_closing_picture_and_words_compare_with_the_data_and_the_controls(tm
 
 def test_controls_are_taken_from_finished_runs(tmp_path, monkeypatch, capsys):
     """Two seeds of cloning, means of their curves 20 and 40; a row of other data with that name goes."""
-    monkeypatch.syspath_prepend(ROOT / "experiments")
-    import controls
-
     monkeypatch.setattr(controls, "CONTROLS", tmp_path / "controls.csv")
     data = {"env_id": "e", "robot": "", "fingerprint": "old"}
     for seed, returns in ((1, [10, 30]), (0, [40, 40])):

@@ -1,8 +1,8 @@
-"""baselines/policy_guided_diffusion.py: windows, guidance and rows by hand, and the script from its command line to
-load_run. EDM is tested where it is at home, in test_synther.py.
+"""baselines/policy_guided_diffusion.py: windows, guidance and rows by hand.
+
+EDM is tested where it is at home, in test_synther.py.
 """
 
-import json
 import math
 
 from baselines import policy_guided_diffusion as script
@@ -12,18 +12,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from toy import SCRIPTS, Training, hopper_run, linear_dataset, load_elsewhere, metrics, refusal
+from toy import Function, Training, linear_dataset, metrics
 
 SMALL = dict(env_id="linear", device="cpu", window_length=4, window_stride=1, unet_width=16, unet_levels=2)
-TOY = SCRIPTS["baselines.policy_guided_diffusion"]
-
-
-class Function(nn.Module):
-    """Any function in the place of a network."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.forward = function
 
 
 def make_model(**changes):
@@ -146,38 +137,7 @@ def test_it_learns_windows_that_the_system_obeys_and_the_policy_pulls_their_acti
     assert distances[1] < 0.85 * distances[0]
 
 
-@pytest.fixture(scope="module")
-def finished(toy):
-    """A run without a break -> its folder, and what it printed."""
-    text = hopper_run("baselines.policy_guided_diffusion", toy, *TOY)
-    (folder,) = (toy / "runs").glob("*__policy_guided_diffusion__*")
-    return folder, text
-
-
-def test_to_a_score_with_a_new_set_every_15_updates(finished):
-    folder, text = finished
-    assert "normalized score" in text
-    assert list(json.loads((folder / "stages.json").read_text())) == ["world model", "agent", "synthesize"]
-    lines = metrics(folder)
-    assert {"world_model/loss", "world_model/val_loss", "agent/bc_loss"} <= {name for line in lines for name in line}
+def test_every_15_updates_it_learns_from_a_new_set(made):
+    lines = metrics(made("baselines.policy_guided_diffusion")[0])
     sets = [(line["step"], line["synthesis/mean_reward"]) for line in lines if "synthesis/mean_reward" in line]
     assert [step for step, _ in sets] == [1, 16, 31, 40] and len({reward for _, reward in sets}) == 4
-
-
-def test_a_finished_run_is_loaded_in_another_process(finished, tmp_path):
-    load_elsewhere("baselines.policy_guided_diffusion", finished[0], tmp_path / "log")
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ("--window-length 3", "--window-length 3 is below 4, which a U-Net of --unet-levels 3 halves to 1"),
-        ("--unet-width 20", "--unet-width 20 must be 16, 24, ...: its norms have 8 groups"),
-        ("--sigma-min 90", "--sigma-min 90.0 must lie below --sigma-max 80.0"),
-        ("--agent-updates 5000", "no set would be guided: the first one is drawn behind --refresh-every 10000"),
-        ("--sampling-steps 1", "the last of --sampling-steps 1 is never guided"),
-        ("--synthetic-fraction 0", "--synthetic-fraction 0.0 lies outside [0.01, 1]"),
-    ],
-)
-def test_bad_input_is_one_line_and_code_2(arguments, message, tmp_path, capsys, monkeypatch):
-    assert message in refusal(script, arguments.split(), tmp_path, capsys, monkeypatch)

@@ -13,12 +13,10 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 import pytest
+import render
 import torch
 from PIL import Image, ImageSequence
 from toy import ROOT
-
-sys.path.insert(0, str(ROOT / "experiments"))
-import render
 
 HORIZON, ROLLOUTS, SIZE = 2, 3, 40
 
@@ -42,7 +40,6 @@ def true_run(simulator: str) -> SimpleNamespace:
         spec=gym.spec(simulator), physics="d4rl", obs=np.stack([0 * obs, 0 * obs + 1]), healthy_low=low,
         healthy_high=high, action=np.zeros((2, len(action))), action_low=-1 + 0 * action, action_high=1 + 0 * action,
     )  # fmt: skip
-    dataset.obs = np.stack([np.zeros(len(obs)), np.ones(len(obs))])
     return SimpleNamespace(
         dataset=dataset, rollouts={"rows": rows, "valid": torch.ones(rows.shape[:2], dtype=torch.bool)},
         args=SimpleNamespace(env_id="x", physics="d4rl"), evaluator=SimpleNamespace(physics="d4rl"), script=dawm_td3bc,

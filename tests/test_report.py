@@ -7,12 +7,9 @@ from common import UserError
 
 import numpy as np
 import pytest
-from scipy import stats
-from toy import ROOT
-
-sys.path.insert(0, str(ROOT / "experiments"))
 import report
 import study
+from scipy import stats
 
 LEVELS = {"cloning": 40, "td3bc": 50, "dawm_td3bc": 60, "dwm_td3bc": 45, "undertrained_td3bc": 60}
 

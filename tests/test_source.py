@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from mark_copies import definitions
 
 ROOT = Path(__file__).resolve().parent.parent
 # The last is that of EDM.
@@ -18,15 +19,10 @@ COMMON = sorted((ROOT / "common").glob("*.py"))
 SECTIONS = ["1. Imports", "2. Data", "3. World model", "4. Inverse dynamics", "5. Synthesis", "6. Agent", "7. "]
 
 
-def definitions(path: Path) -> dict[str, tuple[str, str]]:
+def marked_definitions(path: Path) -> dict[str, tuple[str, str]]:
     """Top-level functions and classes: name -> (source, the comment line above it)."""
     lines = path.read_text().splitlines()
-    found = {}
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            first = min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1
-            found[node.name] = ("\n".join(lines[first : node.end_lineno]), lines[first - 1])
-    return found
+    return {name: (source, lines[first - 1]) for name, (first, source) in definitions(path.read_text()).items()}
 
 
 def copy_faults(scripts: dict[str, dict[str, tuple[str, str]]]) -> list[str]:
@@ -34,8 +30,6 @@ def copy_faults(scripts: dict[str, dict[str, tuple[str, str]]]) -> list[str]:
     homes, faults = {}, []
     for script, found in scripts.items():
         for name, (source, marker) in found.items():
-            if name in ("Args", "main"):
-                continue
             home = homes.setdefault(name, script)
             same = source == scripts[home][name][0]
             if home == script:
@@ -53,7 +47,7 @@ def copy_faults(scripts: dict[str, dict[str, tuple[str, str]]]) -> list[str]:
 
 
 def test_copies():
-    assert copy_faults({str(path.relative_to(ROOT)): definitions(path) for path in SCRIPTS}) == []
+    assert copy_faults({str(path.relative_to(ROOT)): marked_definitions(path) for path in SCRIPTS}) == []
 
 
 def test_the_copy_rule_catches_each_fault():

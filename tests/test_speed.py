@@ -7,15 +7,14 @@ import sys
 
 import dawm_iql
 import dawm_td3bc
+from common.data import load_dataset
 from common.evaluation import Evaluator, make_env
 
 import numpy as np
+import plain
 import pytest
 import torch
-from toy import ROOT, TINY, hopper_file, linear_dataset
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import plain
+from toy import ROOT, TINY
 
 
 def close(ours, theirs) -> None:
@@ -65,17 +64,14 @@ def test_inverse_dynamics_is_the_usual_one():
     close([model.log_prob(triples, action)], [trainer.log_prob(torch.from_numpy(normalised), action)])
 
 
-def test_episodes_side_by_side_are_episodes_one_by_one():
+def test_episodes_side_by_side_are_episodes_one_by_one(toy):
     """One policy that acts on each row by itself: to the last digit."""
     weights = np.random.default_rng(0).normal(size=(11, 3)).astype(np.float32)
 
     def policy(obs):
         return np.stack([np.tanh(row @ weights) for row in obs])
 
-    dataset = linear_dataset()
-    env = make_env("Hopper-v4", "d4rl")
-    dataset.spec, dataset.physics = env.spec, "d4rl"
-    dataset.action_low, dataset.action_high = env.action_space.low, env.action_space.high
+    env, dataset = make_env("Hopper-v4", "d4rl"), load_dataset("hopper-medium-v2", toy / "data.hdf5")
     assert Evaluator(dataset, "auto", 4)(policy, seed=7).tolist() == plain.evaluate(env, policy, 4, 7)[0]
 
 
@@ -88,11 +84,10 @@ def td3bc_operations(batch=256) -> float:
 
 
 @pytest.mark.parametrize("loops", [["C"], pytest.param(["A", "B", "I", "D", "E"], marks=pytest.mark.full)])
-def test_the_benchmark_runs(loops, tmp_path):
+def test_the_benchmark_runs(loops, toy, tmp_path):
     """Two short rounds: a table, a file of figures, a picture; what is not there is left out with a word."""
-    data = hopper_file(tmp_path / "data.hdf5")
-    command = [sys.executable, "benchmarks/speed.py", "--rounds", "2", "--seconds", "0.2", "--data-path", data]
-    command += ["--loops", *loops, "--out", tmp_path / "speed", "--peers-python", tmp_path / "none"]
+    command = [sys.executable, "benchmarks/speed.py", "--rounds", "2", "--seconds", "0.2", "--loops", *loops]
+    command += ["--data-path", toy / "data.hdf5", "--out", tmp_path / "speed", "--peers-python", tmp_path / "none"]
     environment = {**os.environ, "PEERS_DIR": str(tmp_path)}
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-2000:]

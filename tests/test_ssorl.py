@@ -1,9 +1,8 @@
-"""baselines/ssorl.py: which actions are hidden and how they are filled in, and the script from its command line on.
+"""baselines/ssorl.py: which actions are hidden and how they are filled in.
 
 What it has from the other scripts to the letter (test_source.py) is tested with them.
 """
 
-import json
 from dataclasses import replace
 
 from baselines import ssorl as script
@@ -13,7 +12,7 @@ from common import UserError
 import numpy as np
 import pytest
 import torch
-from toy import TOY_AGENT, TOY_IDM, Training, hopper_file, hopper_run, linear_dataset, load_elsewhere, metrics, refusal
+from toy import Training, hopper_file, linear_dataset, metrics
 
 CPU = torch.device("cpu")
 LENGTHS = np.array([20, 10, 30, 5, 15, 25, 12, 18, 7, 8])
@@ -201,41 +200,15 @@ def test_another_split_makes_another_inverse_dynamics_model(folders, monkeypatch
     assert delays[:3] == (2, 1, 3)  # each agent has its own, and a flag wins
 
 
-@pytest.fixture(scope="module")
-def finished(toy):
-    """A run of IQL -> its folder, and what it printed."""
-    text = hopper_run("baselines.ssorl", toy, *TOY_AGENT, *TOY_IDM, "--agent", "iql", "--label-fraction", 0.35)
-    (folder,) = (toy / "runs").glob("*__ssorl__*")
-    return folder, text
-
-
-def test_both_agents_reach_a_score(finished, toy):
-    texts = [finished[1]]
-    td3bc = ["--label-fraction", "1", "--relabel-all", "--traj-filter", "none", "--exp-name", "relabelled"]
-    texts.append(hopper_run("baselines.ssorl", toy, *TOY_AGENT, *TOY_IDM, *td3bc))
-    assert "labelled_trajectories 3, hidden_trajectories 8" in texts[0]  # 12, the worst dropped; 0.35 * 11 = 3.85
-    assert "labelled_trajectories 12, hidden_trajectories 0" in texts[1]
-    (other,) = (toy / "runs").glob("*__relabelled__*")
-    for folder, text, loss in ((finished[0], texts[0], "agent/vf_loss"), (other, texts[1], "agent/bc_loss")):
-        assert "final" in text
-        assert list(json.loads((folder / "stages.json").read_text())) == ["inverse dynamics", "synthesize", "agent"]
-        logged = {name: value for line in metrics(folder) for name, value in line.items()}
-        assert {"idm/val_mse", "eval/normalized_score", loss} <= logged.keys()
-        everything = logged["synthesis/proxy_labels"] == logged["synthesis/transitions"] > 100
-        assert everything == (folder == other)
-
-
-def test_a_finished_run_is_loaded_in_another_process(finished, tmp_path):
-    load_elsewhere("baselines.ssorl", finished[0], tmp_path / "log")
-
-
 @pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--agent", "sac"], "invalid choice 'sac' for argument '--agent'. Expected one of ('td3bc', 'iql')"),
-        (["--label-fraction", "0"], "--label-fraction 0.0 lies outside [0.001, 1]"),
-        (["--label-pool", "1.5"], "--label-pool 1.5 lies outside [0, 1]"),
+    "options, told",
+    [  # of 12 trajectories the worst one is dropped; 0.5 * 11 = 5.5
+        ("--agent iql", "labelled_trajectories 5, hidden_trajectories 6"),
+        ("--label-fraction 1 --relabel-all --traj-filter none", "labelled_trajectories 12, hidden_trajectories 0"),
     ],
 )
-def test_bad_input_is_one_line_and_code_2(arguments, message, tmp_path, capsys, monkeypatch):
-    assert message in refusal(script, arguments, tmp_path, capsys, monkeypatch)
+def test_a_run_tells_how_many_actions_it_hid_and_labels(options, told, made):
+    folder, text = made("baselines.ssorl", *options.split())
+    logged = {name: value for line in metrics(folder) for name, value in line.items()}
+    everything = logged["synthesis/proxy_labels"] == logged["synthesis/transitions"] > 100
+    assert told in text and everything == ("--relabel-all" in options)

@@ -18,7 +18,7 @@ from dawm_td3bc import Args
 
 import pytest
 import torch
-from toy import child, new_run
+from toy import child, new_run, without_times
 
 # ---- The source of a stage
 
@@ -135,18 +135,6 @@ def test_arguments_count_under_any_name_that_is_annotated_so(source_of):
     assert source_of(renamed)[1] == FIELDS
 
 
-def test_the_home_scripts_stages_depend_on_their_own_arguments_alone():
-    fields = {f: set(stage_source(getattr(script, f))[1]) for f in ("train_world_model", "train_inverse_dynamics")}
-    fields["synthesize"] = set(stage_source(script.synthesize)[1])
-    assert {"world_model_steps", "unet_width", "model_horizon", "loss", "gamma"} <= fields["train_world_model"]
-    assert {"idm_steps", "idm_width"} <= fields["train_inverse_dynamics"]
-    asked = {"guidance_scale", "sampling_steps", "sampling_temperature", "target_return", "horizon", "termination"}
-    assert asked | {"conditioning_subsample", "synthesis_seed"} <= fields["synthesize"]
-    assert not (asked | {"idm_steps"}) & fields["train_world_model"]
-    for read in fields.values():
-        assert read <= vars(Args()).keys() and not {"agent_lr", "seed", "eval_every", "device", "stage_dir"} & read
-
-
 # ---- Keep and find
 
 TENSORS = {
@@ -173,10 +161,6 @@ def bits(tensors: dict) -> dict:
     return {name: (x.dtype, x.shape, x.contiguous().numpy().tobytes()) for name, x in tensors.items()}
 
 
-def without_times(run) -> list:
-    return [record for record in run.records if not any(name.startswith("time/") for name in record[1])]
-
-
 def test_a_kept_result_is_found_bit_for_bit_with_its_metrics(tmp_path, capsys):
     first = new_run(tmp_path, agent_lr=1e-3)
     first.log(1, {"before/the_stage": 1.0})
@@ -186,7 +170,7 @@ def test_a_kept_result_is_found_bit_for_bit_with_its_metrics(tmp_path, capsys):
     capsys.readouterr()
     found, kept = find_or_make(second)
     assert not made.found and found.found and found.path == made.path and bits(kept) == bits(TENSORS)
-    assert without_times(first)[1:-1] == without_times(second) == METRICS
+    assert without_times(first.records)[1:-1] == without_times(second.records) == METRICS
     lines = [(run.folder / "metrics.jsonl").read_text().splitlines() for run in (first, second)]
     assert lines[0][1:-1] == lines[1] and len(lines[1]) == 4
     assert f"reused {found.path}" in capsys.readouterr().out and "reused" in second.stages["world model"][1]

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from common import UserError
@@ -17,11 +16,9 @@ from common.cli import tell
 from common.files import locked
 
 import pytest
-from toy import ROOT, child, hopper_file
-
-sys.path.insert(0, str(ROOT / "experiments"))
 import study
 from study import APART, GIVEN, GRIDS, LEARNERS, Attempt, Job, Study, jobs_of
+from toy import ROOT, child, hopper_file, wait_for
 
 # ---- Equal arms
 
@@ -269,13 +266,6 @@ def test_a_signal_stops_the_runs_with_checkpoints(made_up, tmp_path):
     assert (first.kind, first.told) == ("stopped", "stopped by SIGTERM in stage agent") and second.kind == "to do"
     study.run_here(jobs, Study("first", run_dir=made_up.run_dir))
     assert kinds(jobs, made_up.run_dir) == ["done", "done"]
-
-
-def wait_for(condition) -> None:
-    stop = time.monotonic() + 600
-    while not condition():
-        assert time.monotonic() < stop, "what was waited for never came"
-        time.sleep(0.01)
 
 
 def test_a_run_that_another_process_has_in_hand_is_waited_for(made_up):

@@ -1,10 +1,7 @@
-"""variants/uncertain_td3bc.py: each row's uncertainty, what the agent gets of it, and the script from its command line.
+"""variants/uncertain_td3bc.py: each row's uncertainty, what the agent gets of it.
 
 What it has from dawm_td3bc.py to the letter (test_source.py) is tested there.
 """
-
-import json
-import re
 
 import dawm_td3bc
 from variants import uncertain_td3bc as script
@@ -12,7 +9,7 @@ from variants import uncertain_td3bc as script
 import numpy as np
 import pytest
 import torch
-from toy import TINY, TOY, Training, hopper_run, linear_dataset, load_elsewhere, metrics
+from toy import TINY, Training, linear_dataset, metrics
 
 TRAINING = dict(world_model_lr=0.01, ema_decay=0.9, ema_start=0, model_horizon=2, horizon=2)
 REWARDS = torch.arange(6.0).view(2, 3)
@@ -131,21 +128,8 @@ def test_none_changes_nothing():
 # ---- The command line
 
 
-def test_models_of_the_plain_method_and_one_set_for_every_use(toy, tmp_path):
-    hopper_run("dawm_td3bc", toy, *TOY)
-    text = hopper_run("variants.uncertain_td3bc", toy, *TOY)
-    assert re.findall(r"^(\D+?) +reused", text, re.M)[:2] == ["world model", "inverse dynamics"]  # the set too, if made
-    assert "of the rows are left" in text
-    (folder,) = (toy / "runs").glob("*__uncertain_td3bc__*")
-    assert list(json.loads((folder / "stages.json").read_text())) == [
-        "world model", "inverse dynamics", "synthesize", "agent",
-    ]  # fmt: skip
-    load_elsewhere("variants.uncertain_td3bc", folder, tmp_path / "log")
-    assert all(line["synthesis/uncertainty"] > 0 for line in metrics(folder) if "synthesis/uncertainty" in line)
-    for use in ("penalty", "none"):
-        text = hopper_run("variants.uncertain_td3bc", toy, *TOY, "--uncertainty-use", use)
-        assert "synthesize" in re.findall(r"^(\D+?) +reused", text, re.M) and "100.0% of the rows" in text
-
-
-def test_in_the_agents_loop(toy):
-    assert "final" in hopper_run("variants.uncertain_td3bc", toy, *TOY, "--synthesis", "online")
+def test_a_run_tells_what_it_leaves_out_of_a_set_whose_uncertainty_it_logs(made):
+    for options, told in (([], "of the rows are left"), (["--uncertainty-use", "none"], "100.0% of the rows")):
+        folder, text = made("variants.uncertain_td3bc", *options)
+        logged = [line["synthesis/uncertainty"] for line in metrics(folder) if "synthesis/uncertainty" in line]
+        assert told in text and min(logged) > 0

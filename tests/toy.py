@@ -112,9 +112,11 @@ def hopper_file(path: Path, episodes=12, length=40) -> Path:
     return path
 
 
-def new_run(folder: Path, fingerprint="data", **changes) -> Run:
+def new_run(folder: Path, fingerprint="data", args_class=Args, **changes) -> Run:
     """An open run on a data set of which nothing but the fingerprint is known."""
-    args = Args(**dict(env_id="test", device="cpu", run_dir=folder / "runs", stage_dir=folder / "stages") | changes)
+    args = args_class(
+        **dict(env_id="test", device="cpu", run_dir=folder / "runs", stage_dir=folder / "stages") | changes
+    )
     facts = dict.fromkeys(("source", "path", "sha256", "note", "simulator"), "")
     facts |= dict(env_id="test", fingerprint=fingerprint, episodes=1, complete_episodes=1, steps=1, mean_return=None)
     run = Run(args)
@@ -182,7 +184,7 @@ def hopper_run(module: str, folder: Path, *options) -> str:
 
 def refusal(script, arguments, folder, capsys, monkeypatch) -> str:
     """What a script's command line says to bad arguments, in this process: one line, code 2, and no run folder left."""
-    arguments = [*arguments, *map(str, folders_below(folder))]
+    arguments = [*map(str, folders_below(folder)), *arguments]
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *arguments])
     with pytest.raises(SystemExit) as stop:
         script.run_script(script.main, script.Args, script.LAPTOP, getattr(script, "PRESETS", None))
@@ -190,6 +192,15 @@ def refusal(script, arguments, folder, capsys, monkeypatch) -> str:
     error = capsys.readouterr().err
     assert error.count("\n") == 1, error
     return error
+
+
+def wait_for(condition, minutes: float = 10):
+    """What condition() gives, as soon as that is true."""
+    stop = time.monotonic() + 60 * minutes
+    while not (found := condition()):
+        assert time.monotonic() < stop, "what was waited for never came"
+        time.sleep(0.002)
+    return found
 
 
 def load_elsewhere(module: str, folder: Path, log: Path) -> None:
@@ -219,6 +230,39 @@ def metrics(folder: Path) -> list[dict]:
     """All that a run logged but its times."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if not any(name.startswith("time/") for name in line)]
+
+
+def in_default_dtype(windows):
+    """The same windows, with all that is floating in the default dtype of the moment: see the fixture `double`."""
+    for name, value in vars(windows).items():
+        if torch.is_tensor(value) and value.is_floating_point():
+            setattr(windows, name, value.to(torch.get_default_dtype()))
+    return windows
+
+
+class Function(torch.nn.Module):
+    """Any function in the place of a network."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.forward = function
+
+
+def without_times(records: list) -> list:
+    """(step, values) of a run's log but for those that are times."""
+    return [record for record in records if not any(name.startswith("time/") for name in record[1])]
+
+
+class Oracle(torch.nn.Module):
+    """A denoiser that knows the clean windows x0 [B, L, dim]."""
+
+    def __init__(self, args, x0, alpha_bar):
+        super().__init__()
+        self.args, self.x0, self.alpha_bar = args, x0, alpha_bar
+
+    def forward(self, x, k, *_):
+        signal = self.alpha_bar[k][:, None, None]
+        return self.x0 if self.args.prediction == "x0" else (x - signal.sqrt() * self.x0) / (1 - signal).sqrt()
 
 
 class Training:

@@ -16,7 +16,7 @@ from common.stages import load_checkpoint, save_checkpoint
 
 import pytest
 import torch
-from toy import ROOT, child, run_script
+from toy import ROOT, child, run_script, wait_for
 from trials import (
     COMMANDS,
     INT,
@@ -35,7 +35,6 @@ from trials import (
     run_as_other_code,
     stages_of,
     text_of,
-    wait_for,
 )
 
 CPU = torch.device("cpu")

@@ -15,52 +15,35 @@ from common.cli import Signals
 
 import torch
 from safetensors import safe_open
-from toy import child, hopper_arguments, new_run, run_script
+from toy import SCRIPTS, child, hopper_arguments, metrics, new_run, run_script, without_times
 
 KILL, TERM, USR1, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
 
-UNET = "--unet-width 8 --world-model-steps 60".split()
-SMALL = [*UNET, "--outcome-width", "16"]
-IDM = "--idm-steps 120 --idm-width 16".split()
+MODEL, ROLLOUTS = ["--world-model-steps", "60"], ["--synthesis-batch-size", "32"]
+IDM, PLAN = ["--idm-steps", "120"], [*MODEL, "--eval-episodes", "1"]
 AGENT = "--agent-updates 60 --eval-every 30 --eval-episodes 1".split()
-ROLLOUTS = "--synthesis-batch-size 32".split()
 ONLINE = "--synthesis online --agent-updates 24 --eval-every 12 --agent-batch-size 16".split()
-DIAMOND = "--world-model-steps 60 --mlp-width 16 --reward-model-steps 60 --imagination-horizon 3".split()
-DIAMOND += "--imagined-rollouts 8 --kept-rollouts 200".split()
-ONE_STEP = "--ensemble-width 16 --world-model-steps 60".split()
-POLYGRAD = "--denoiser-width 16 --world-model-steps 60 --agent-batch-size 16 --kept-windows 64".split()
-PGD = "--world-model-steps 60 --unet-width 16 --windows-per-set 40 --synthesis-batch-size 4 --refresh-every 25".split()
-SYNTHER = "--world-model-steps 60 --mlp-width 16 --synthetic-transitions 500 --synthesis-batch-size 20".split()
-# Every command, with every stage that it has.
+PGD = "--windows-per-set 40 --synthesis-batch-size 4 --refresh-every 25".split()
+# Every command, with every stage that it has: its script, and what it is asked for besides toy.SCRIPTS.
 COMMANDS = {
-    "dawm_td3bc": ("dawm_td3bc", [*SMALL, *IDM, *AGENT, *ROLLOUTS]),
-    "dawm_td3bc-online": ("dawm_td3bc", [*SMALL, *IDM, *AGENT, *ONLINE]),
-    "dawm_iql": ("dawm_iql", [*SMALL, *IDM, *AGENT, *ROLLOUTS]),
-    "dwm_baseline-td3bc": ("dwm_baseline", [*SMALL, *AGENT, *ROLLOUTS]),
-    "dwm_baseline-iql": ("dwm_baseline", [*SMALL, *AGENT, "--agent", "iql", "--rollouts", "online"]),
+    "dawm_td3bc": ("dawm_td3bc", [*MODEL, *IDM, *AGENT, *ROLLOUTS]),
+    "dawm_td3bc-online": ("dawm_td3bc", [*MODEL, *IDM, *AGENT, *ONLINE]),
+    "dawm_iql": ("dawm_iql", [*MODEL, *IDM, *AGENT, *ROLLOUTS]),
+    "dwm_baseline-td3bc": ("dwm_baseline", [*MODEL, *AGENT, *ROLLOUTS]),
+    "dwm_baseline-iql": ("dwm_baseline", [*MODEL, *AGENT, "--agent", "iql", "--rollouts", "online"]),
     "ssorl-td3bc": ("baselines.ssorl", [*IDM, *AGENT, "--label-fraction", "0.3"]),
     "ssorl-iql": ("baselines.ssorl", [*IDM, *AGENT, "--agent", "iql", "--label-fraction", "0.3"]),
-    "decision_diffuser": (
-        "baselines.decision_diffuser",
-        [*UNET, "--idm-width", "16", "--plan-horizon", "8", "--eval-episodes", "1"],
-    ),
-    "diamond": ("baselines.diamond", [*DIAMOND, *AGENT]),
-    "diffuser": (
-        "baselines.diffuser",
-        "--unet-width 16 --world-model-steps 60 --value-steps 60 --plans 2 --eval-episodes 1".split(),
-    ),
-    "diffusion_mpc": (
-        "baselines.diffusion_mpc",
-        "--world-model-steps 60 --transformer-width 8 --attention-width 8 --mlp-width 8 --candidates 2 "
-        "--eval-episodes 1".split(),
-    ),
-    "one_step": ("baselines.one_step", [*ONE_STEP, *AGENT, *ROLLOUTS]),
-    "one_step-dwm": ("baselines.one_step", [*ONE_STEP, *AGENT, "--preset", "dwm", "--horizon", "2"]),
-    "polygrad": ("baselines.polygrad", [*POLYGRAD, *AGENT]),
-    "policy_guided_diffusion": ("baselines.policy_guided_diffusion", [*PGD, *AGENT, "--sampling-steps", "4"]),
-    "synther": ("baselines.synther", [*SYNTHER, *AGENT]),
-    "joint_td3bc": ("variants.joint_td3bc", [*SMALL, *AGENT, *ROLLOUTS]),
-    "uncertain_td3bc": ("variants.uncertain_td3bc", [*SMALL, *AGENT, *ROLLOUTS, *IDM]),
+    "decision_diffuser": ("baselines.decision_diffuser", PLAN),
+    "diamond": ("baselines.diamond", [*MODEL, *AGENT, "--reward-model-steps", "60", "--kept-rollouts", "200"]),
+    "diffuser": ("baselines.diffuser", [*PLAN, "--value-steps", "60"]),
+    "diffusion_mpc": ("baselines.diffusion_mpc", PLAN),
+    "one_step": ("baselines.one_step", [*MODEL, *AGENT, *ROLLOUTS]),
+    "one_step-dwm": ("baselines.one_step", [*MODEL, *AGENT, "--preset", "dwm", "--horizon", "2"]),
+    "polygrad": ("baselines.polygrad", [*MODEL, *AGENT, "--kept-windows", "64"]),
+    "policy_guided_diffusion": ("baselines.policy_guided_diffusion", [*MODEL, *AGENT, *PGD]),
+    "synther": ("baselines.synther", [*MODEL, *AGENT, "--synthetic-transitions", "500", *ROLLOUTS]),
+    "joint_td3bc": ("variants.joint_td3bc", [*MODEL, *AGENT, *ROLLOUTS]),
+    "uncertain_td3bc": ("variants.uncertain_td3bc", [*MODEL, *AGENT, *ROLLOUTS, *IDM]),
 }
 
 
@@ -68,8 +51,8 @@ def command(name: str, folder: Path, *more: str) -> tuple[str, list[str]]:
     """Module and arguments of one of COMMANDS, with all that it writes below `folder`, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
     module, arguments = COMMANDS[name]
-    shared = "--laptop --device cpu --log-every 20".split()
-    return module, [str(word) for word in hopper_arguments(folder, *shared, *arguments, *more)]
+    words = hopper_arguments(folder, *SCRIPTS[module], "--log-every", "20", *arguments, *more)
+    return module, [str(word) for word in words]
 
 
 def run_and_stop(module: str, arguments: list[str], stop_in: str, share: float, number: int, delay: float = 0) -> None:
@@ -111,31 +94,19 @@ def text_of(path: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def wait_for(condition) -> None:
-    stop = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < stop, "what was waited for never came"
-        time.sleep(0.002)
-
-
 # ---- What a run gives
 
 
 def outcome(folder: Path) -> dict:
     """All that a finished run gives: metrics without times, weights and kept results, TensorBoard's numbers."""
     (run,) = (folder / "runs").iterdir()
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     results = [*run.glob("*.safetensors"), *(folder / "stages").glob("*.safetensors")]
     assert (run / "summary.txt").exists() and not list(folder.rglob("*.pt"))
     return {
-        "metrics": [without_times(line) for line in lines],
+        "metrics": metrics(run),
         "results": {path.name: result(path) for path in results},
         "tensorboard": tensorboard(run),
     }
-
-
-def without_times(values: dict) -> dict:
-    return {name: value for name, value in values.items() if not name.startswith("time/")}
 
 
 def result(path: Path) -> tuple:
@@ -143,7 +114,7 @@ def result(path: Path) -> tuple:
     with safe_open(path, "pt") as file:
         manifest = json.loads(file.metadata()["manifest"])
         tensors = {name: file.get_tensor(name).numpy().tobytes() for name in sorted(file.keys())}
-    return manifest["depends"], [(step, without_times(values)) for step, values in manifest["metrics"]], tensors
+    return manifest["depends"], without_times(manifest["metrics"]), tensors
 
 
 def tensorboard(run: Path) -> dict[str, list[tuple[int, float]]]:

@@ -8,12 +8,11 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from toy import ROOT, hopper_file, metrics
+from toy import ROOT, hopper_file, metrics, wait_for
 
 EXTRA = "--laptop --device cpu --world-model-steps 60 --unet-width 8 --idm-steps 60 --idm-width 16 --agent-updates 400 "
 EXTRA += "--agent-batch-size 32 --eval-every 200 --eval-episodes 2 --log-every 50 "
@@ -46,14 +45,6 @@ def study(folder: Path, *words: str) -> str:
     return done.stdout
 
 
-def wait_for(condition, minutes: float = 60):
-    stop = time.monotonic() + 60 * minutes
-    while not (found := condition()):
-        assert time.monotonic() < stop, "what was waited for never came"
-        time.sleep(0.1)
-    return found
-
-
 def in_its_agent(folder: Path, learner: str, seed: int):
     """Whether that run trains its agent."""
     logs = list(folder.glob(f"*__{learner}__{seed}__*/metrics.jsonl"))
@@ -65,7 +56,7 @@ def squeue() -> list[str]:
 
 
 def signal_job(folder: Path, learner: str, seed: int, name: str) -> None:
-    wait_for(lambda: in_its_agent(folder, learner, seed))
+    wait_for(lambda: in_its_agent(folder, learner, seed), minutes=60)
     lines = map(json.loads, (folder / "logs" / "submitted.jsonl").read_text().splitlines())
     (number,) = [number for number, job in lines if job == f"hopper-medium-v2__{learner}__{seed}"]
     print(f"$ scancel --signal={name} {number}    # {learner}, seed {seed}", flush=True)
@@ -89,11 +80,11 @@ def test_a_grid_on_slurm_ends_as_here(tmp_path, slurm):
     signal_job(there, "dawm_td3bc", 0, "USR1")
     signal_job(there, "td3bc", 1, "KILL")
     study(there, "--status")
-    wait_for(lambda: not squeue())
+    wait_for(lambda: not squeue(), minutes=60)
     told = study(there, "--status")
     assert "stopped: hopper-medium-v2__td3bc__1: cut off" in told and " 19 " in told
     study(there, "--cluster", "slurm", "--memory", "2")
-    wait_for(lambda: not squeue())
+    wait_for(lambda: not squeue(), minutes=60)
     assert " 20        0        0        0        0        0" in study(there, "--status")
     for learner, seed in (("dawm_td3bc", 0), ("td3bc", 1)):
         log = (there / "logs" / f"hopper-medium-v2__{learner}__{seed}.log").read_text()
