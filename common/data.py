@@ -206,7 +206,8 @@ def _compare_with_published(dataset: OfflineDataset) -> str:
     rows = int(flagged[-1]) + 1 if len(flagged) else 0
     found = dataset.reward[:rows].sum(dtype=np.float64) / max(len(flagged), 1)
     if (len(flagged), rows) == (episodes, steps) and abs(found - mean) <= 0.011:
-        return f"counts and mean return are those of the published {dataset.env_id} file"
+        differs = f", but not the sha256 that users have pinned ({pinned})" if pinned else ""
+        return f"counts and mean return are those of the published {dataset.env_id} file{differs}"
     return (
         f"not the published {dataset.env_id} file: {len(flagged):,} episodes, {rows:,} steps, mean return {found:.2f} "
         f"here, {episodes:,}, {steps:,} and {mean:.2f} there"
