@@ -127,6 +127,7 @@ APART = {
 GIVEN = {"env_id", "seed", "exp_name", "run_dir", "stage_dir"}  # by the grid, to each run
 # That a script fills in where they are None.
 BY_AGENT = {"policy_delay", "lambda_return", "plan_horizon", "unet_multipliers", "guide_scale", "guide_stop"}
+GENERATOR = ("world_model_", "unet_", "outcome_", "ema_", "idm_", "synthesis_", "sampling_")  # no control reads these
 PLACES = {"run_dir", "stage_dir", "exp_name", "checkpoint_every", "track", "wandb_project"}  # move no score
 
 
@@ -170,6 +171,8 @@ class Job:
         args = content["args"]
         filled_in = [k for k in BY_AGENT if self.wanted.get(k) is None]
         shared = self.wanted.keys() & args.keys() - PLACES - {*filled_in}
+        if self.wanted.get("synthetic_fraction") == 0:
+            shared = {name for name in shared if not name.startswith(GENERATOR)}
         return content.get("module") == self.module and all(args[k] == self.wanted[k] for k in shared)
 
 

@@ -126,7 +126,7 @@ def test_the_first_state_is_in_its_place_at_every_denoising_step(prediction, war
 def test_with_an_oracle_any_number_of_steps_gives_its_plan(prediction, steps, warm):
     args, windows, model = make_model(prediction=prediction, sampling_steps=steps, warm_start_steps=5)
     plan = model.units.normalize(windows.obs[windows.rows(torch.arange(4))])
-    model.denoiser = Oracle(args, torch.cat([plan, plan]), model.alpha_bar)
+    model.denoiser = Oracle(args, plan.repeat(2, 1, 1), script.cosine_alpha_bar(args.diffusion_steps))
     previous = torch.randn_like(plan) if warm else None
     made = script.sample_plans(args, model, plan[:, 0], torch.zeros(4, 1), normal(4, 8, 2), previous)
     torch.testing.assert_close(made, plan, rtol=0, atol=1e-12)
@@ -150,8 +150,8 @@ def test_the_planner_reaches_the_second_state_of_an_oracle_plan(prediction):
     """s' = 0.9 s + 0.3 a: with the true plan and the true inverse, the system goes where the plan goes."""
     args, windows, model = make_model(prediction=prediction)
     plan = windows.obs[windows.rows(torch.arange(0, 100, 20))]
-    units = model.units
-    model.denoiser = Oracle(args, units.normalize(plan).repeat(2, 1, 1), model.alpha_bar)
+    units, alpha_bar = model.units, script.cosine_alpha_bar(args.diffusion_steps)
+    model.denoiser = Oracle(args, units.normalize(plan).repeat(2, 1, 1), alpha_bar)
     model.inverse_dynamics = Function(lambda s, after: (units.denormalize(after) - 0.9 * units.denormalize(s)) / 0.3)
     planner = script.Planner(args, model, 5, torch.device("cpu"))
     planner.plans = planner.plans.double()
