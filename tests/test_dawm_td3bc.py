@@ -331,6 +331,25 @@ def test_a_short_rollout_still_hears_the_sign_of_the_step_after_it():
 # ---- Section 6: the agent
 
 
+@torch.no_grad()
+def test_targets_and_losses_by_hand():
+    args = script.Args(**TINY, policy_noise=0.0)
+    agent = script.TD3BC(args, torch.randn(100, 2), 2).double()
+    obs, action, next_obs = (torch.randn(8, 2, dtype=torch.float64) for _ in range(3))
+    reward, terminated = torch.randn(8, dtype=torch.float64), torch.tensor([0.0, 1.0] * 4, dtype=torch.float64)
+    target = agent.td_target(reward, next_obs, terminated)
+    for i in range(8):
+        next_action = agent.actor_target(next_obs[i : i + 1])
+        value = min(
+            agent.qf1_target(next_obs[i : i + 1], next_action), agent.qf2_target(next_obs[i : i + 1], next_action)
+        )
+        assert float(target[i]) == pytest.approx(float(reward[i] + 0.99 * (1 - terminated[i]) * value), abs=1e-10)
+    loss, bc_loss = agent.actor_loss(obs, action)
+    q = agent.qf1(obs, agent.actor(obs))
+    assert float(bc_loss) == pytest.approx(float((agent.actor(obs) - action).square().mean()))
+    assert float(loss) == pytest.approx(float(-2.5 * q.mean() / q.abs().mean() + bc_loss))
+
+
 def test_target_noise_is_clipped_and_so_is_the_action():
     agent, seen = script.TD3BC(script.Args(policy_noise=100.0), torch.randn(100, 11), 3), []
     agent.qf1_target.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
