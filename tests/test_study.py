@@ -402,3 +402,12 @@ def test_a_run_of_the_grid_is_made_once_and_found(tmp_path, monkeypatch, capsys)
     assert len(call("--list").splitlines()) == 2
     shutil.rmtree(next((tmp_path / "runs").glob("*cloning*")))
     assert call("--dry-run").startswith("2 runs, 1 of them done")
+
+
+def test_a_control_is_the_same_run_whatever_the_generator():
+    def made(learner: str, **other) -> bool:
+        (job,) = study.jobs_of(study.Study("first", tasks=("hopper-medium",), learners=(learner,), seeds=1), False)
+        return job.made({"module": job.module, "args": job.wanted | other})
+
+    assert made("td3bc", world_model_steps=7, idm_lr=0.5) and not made("td3bc", agent_lr=0.5)
+    assert made("dawm_td3bc") and not made("dawm_td3bc", world_model_steps=7)
