@@ -4,8 +4,9 @@
 
 Every row keeps its state and action. Of next state, reward and end, those that a line of the table names are replaced
 by what the simulator does from there; the last line is the run's real data. Ten minutes a line and seed.
-The same command goes on where it was stopped. Then it prints a table of all that is in --out: means over the second
-half of each training, ± standard deviation (n - 1) over seeds, of score, critic loss and the critics' mean target.
+The same command goes on where it was stopped. Then it prints a table of what is in --out by the same settings, of any
+data: means over the second half of each training, ± standard deviation (n - 1) over seeds, of score, critic loss and
+the critics' mean target.
 """
 
 import inspect
@@ -39,6 +40,9 @@ REPLACED = {  # the run's name: columns of a row that the simulator gives
     "real_data": (),
 }
 
+PLACES = {"run_dir": "", "stage_dir": ""}  # make no other run
+APART = {"env_id", "data_path", "seed", "exp_name", "synthetic_fraction"}  # in which runs of one table may differ
+
 
 @tyro.conf.configure(tyro.conf.PositionalRequiredArgs)
 @dataclass
@@ -68,6 +72,8 @@ def true_rows(parts) -> torch.Tensor:
 
 
 def main(options: Args) -> None:
+    if not options.lines or not options.seeds:
+        raise UserError("--lines and --seeds need one value or more")
     parts = load_rollouts(options.run)
     train_agent = parts.script.train_agent
     if not hasattr(parts.args, "synthetic_fraction") or "rollouts" not in inspect.signature(train_agent).parameters:
@@ -76,7 +82,7 @@ def main(options: Args) -> None:
     sizes = parts.script.row_sizes(parts.dataset.obs.shape[1], parts.dataset.action.shape[1])
     columns = dict(zip(("obs", "action", "reward", "next_obs", "terminated"), np.cumsum([0, *sizes]), strict=False))
     true = true_rows(parts)
-    made = [read_args(summary.parent)["args"] for summary in options.out.glob("*/summary.txt")]
+    made = [read_args(summary.parent)["args"] | PLACES for summary in options.out.glob("*/summary.txt")]
     for seed in options.seeds:
         for line in options.lines:
             rows = parts.rollouts["rows"].clone()
@@ -87,7 +93,8 @@ def main(options: Args) -> None:
                 parts.args, seed=seed, exp_name=line, run_dir=options.out, agent_updates=options.updates,
                 eval_every=5_000, bc_alpha=options.bc_alpha, synthetic_fraction=float(line != "real_data"),
             )  # fmt: skip
-            if json.loads(json.dumps(vars(args), default=str)) in made:
+            settings = json.loads(json.dumps(vars(args), default=str)) | PLACES
+            if settings in made:
                 continue
             run = Run(args)
             run.open(parts.dataset, parts.evaluator)
@@ -97,13 +104,15 @@ def main(options: Args) -> None:
             given |= dict(evaluator=parts.evaluator, run=run)
             train_agent(**{name: given[name] for name in inspect.signature(train_agent).parameters})
             run.finish(score_report(parts.dataset, run.history["eval/episodic_return"], parts.evaluator))
-    print_table(options.out)
+    print_table(options.out, settings)
 
 
-def print_table(out: Path) -> None:
+def print_table(out: Path, settings: dict) -> None:
     groups = defaultdict(list)
     for run in finished_runs(out):
-        groups[run.content["data"]["env_id"], run.content["args"]["exp_name"]].append(run)
+        args = run.content["args"]
+        if all(args[name] == settings[name] for name in settings.keys() - APART - PLACES.keys()):
+            groups[args["env_id"], args["exp_name"]].append(run)
     print("| data | rows | seeds | score | critic loss | mean target |\n|---|---|---|---|---|---|")
     for (env_id, line), runs in sorted(groups.items(), key=lambda group: (group[0][0], [*REPLACED].index(group[0][1]))):
         told = [env_id, line.replace("_", " "), str(len(runs))]

@@ -92,9 +92,9 @@ def test_columns_are_replaced_by_what_the_simulator_does(toy, tmp_path, capsys):
     parts.rollouts = {"rows": real, "valid": torch.ones(real.shape[:2], dtype=torch.bool)}
     torch.testing.assert_close(true_dynamics.true_rows(parts), real, rtol=0, atol=1e-4)
     lines = ("all_true", "real_data")
-    for _ in range(2):  # what has been made is not made again
-        true_dynamics.main(true_dynamics.Args(run=folder, lines=lines, updates=20, seeds=(0,), out=tmp_path))
-    assert sorted(x.name.split("__")[1] for x in tmp_path.iterdir()) == list(lines)
+    for updates in (10, 20, 20):  # what has been made is not made again, and other settings are another table
+        true_dynamics.main(true_dynamics.Args(run=folder, lines=lines, updates=updates, seeds=(0,), out=tmp_path))
+    assert sorted(x.name.split("__")[1] for x in tmp_path.iterdir()) == sorted(2 * lines)
     told = capsys.readouterr().out.splitlines()[-2:]
     assert [line.split(" | ")[1:3] for line in told] == [["all true", "1"], ["real data", "1"]]
 
