@@ -231,6 +231,7 @@ class Windows:
         """obs and change [N + E, obs_dim]: an episode of T transitions has T+1 states, so its rows shift by its number.
         `start` and `final` [N] are the rows of a pair's own state and of its episode's last one."""
         self.episode = np.repeat(np.arange(len(dataset.lengths)), dataset.lengths)  # of each pair
+        self.has_past = np.insert(self.episode[1:] == self.episode[:-1], 0, False)  # whether a state stands before it
         self.last = np.cumsum(dataset.lengths) - 1  # last pair of each episode
         self.obs = np.insert(dataset.obs, self.last + 1, dataset.next_obs[self.last], axis=0)
         self.change = np.insert(dataset.next_obs - dataset.obs, self.last + 1, 0, axis=0)
@@ -244,13 +245,14 @@ class Windows:
         learn what happens next. The reward after a fall lies below all real ones by a quarter of their range, so that
         generated ends can be told (`is_over`) [unspecified].
         """
-        fits = self.start + args.model_horizon + 1 <= self.final
-        if not fits.any():
+        longest = int(dataset.lengths.max())
+        if longest <= args.model_horizon or len(self.last) < 2:
             raise UserError(
-                f"--model-horizon {args.model_horizon} needs {args.model_horizon + 1} transitions in a row, but the "
-                f"longest episode has {dataset.lengths.max()}; lower it and --horizon (1 or more), or give "
+                f"--model-horizon {args.model_horizon} needs two episodes, one of {args.model_horizon + 1} steps, not "
+                f"{len(self.last)} of up to {longest}; lower it and --horizon (1 or more), record more, or give "
                 "--synthetic-fraction 0, which needs no windows"
             )
+        fits = self.start + args.model_horizon + 1 <= self.final
         self.usable = fits | dataset.terminated[self.last][self.episode]
         low, high = float(dataset.reward.min()), float(dataset.reward.max())
         self.end_reward, self.end_margin = low, -math.inf
@@ -271,11 +273,11 @@ class Windows:
         self.return_to_go = ((label - self.return_offset) / self.return_scale).astype(np.float32)
 
     def split(self, pairs: torch.Tensor, share: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Indices of the pairs marked in `pairs` [N]: to train on, and those in a random share of the episodes."""
-        episodes = len(self.last)
-        order = torch.randperm(episodes, generator=torch.Generator().manual_seed(seed))
-        count = min(math.ceil(share * episodes), episodes - 1)  # something must be left to train on
-        held_out = torch.isin(self.episode, order[:count].to(pairs.device))
+        """Indices of the pairs marked in `pairs` [N]: to train on, and those in a random share of their episodes."""
+        episodes = self.episode[pairs].unique()
+        order = torch.randperm(len(episodes), generator=torch.Generator().manual_seed(seed)).to(pairs.device)
+        count = min(math.ceil(share * len(episodes)), len(episodes) - 1)  # something must be left to train on
+        held_out = torch.isin(self.episode, episodes[order[:count]])
         return (pairs & ~held_out).nonzero()[:, 0], (pairs & held_out).nonzero()[:, 0]
 
     def is_over(self, reward: torch.Tensor) -> torch.Tensor:
@@ -510,14 +512,6 @@ def sample_rollouts(
     return torch.cat([obs[:, None], following], dim=1), reward[..., 0]
 
 
-def world_model_split(args: Args, windows: Windows) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices of the windows to train on, and of those held out. UserError if none is left to train on."""
-    train, held_out = windows.split(windows.usable, args.world_model_holdout, args.world_model_seed)
-    if not len(train):
-        raise UserError(f"--world-model-holdout {args.world_model_holdout} keeps every long episode away; lower it")
-    return train, held_out
-
-
 def train_world_model(args: Args, windows: Windows, run: Run) -> WorldModel:
     """Fit the denoiser by Eq. 2, or by its x0 form."""
     run.seed("world_model", args.world_model_seed)
@@ -526,7 +520,7 @@ def train_world_model(args: Args, windows: Windows, run: Run) -> WorldModel:
     parameters, averaged = list(denoiser.parameters()), list(world_model.denoiser.parameters())
     optimizer = torch.optim.Adam(parameters, lr=args.world_model_lr, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.world_model_steps)  # [unspecified]
-    train, held_out = world_model_split(args, windows)
+    train, held_out = windows.split(windows.usable, args.world_model_holdout, args.world_model_seed)
     normalized = world_model.units.normalize(windows.tokens)  # once for all
 
     def loss_of(denoiser, index):
@@ -620,25 +614,13 @@ def tanh_normal_log_prob(action: torch.Tensor, mean: torch.Tensor, log_std: torc
     return (log_normal - torch.log1p(-action.square())).sum(-1)
 
 
-def idm_split(args: Args, windows: Windows) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices of pairs with a predecessor in their episode: to train on, and held out. UserError if one is empty."""
-    has_past = F.pad(windows.episode[1:] == windows.episode[:-1], (1, 0))
-    train, held_out = windows.split(has_past, args.idm_holdout, args.idm_seed)
-    if not len(train) or not len(held_out):
-        raise UserError(
-            f"--idm-holdout {args.idm_holdout} leaves an empty part of {len(windows.last)} episodes; two or more are "
-            "needed, of two steps or more: record more, or give --synthetic-fraction 0"
-        )
-    return train, held_out
-
-
 def train_inverse_dynamics(args: Args, windows: Windows, run: Run) -> InverseDynamics:
     """Maximum likelihood on real triples; returns the weights that were best on held-out episodes."""
     run.seed("idm", args.idm_seed)
     inverse_dynamics = InverseDynamics(args, windows.obs, windows.change, windows.action.shape[1]).to(run.device)
     best, best_loss = copy.deepcopy(inverse_dynamics).eval(), {"value": math.inf}
     optimizer = torch.optim.Adam(inverse_dynamics.parameters(), lr=args.idm_lr, fused=True)
-    train, held_out = idm_split(args, windows)
+    train, held_out = windows.split(windows.has_past, args.idm_holdout, args.idm_seed)
     held_out = held_out[torch.linspace(0, len(held_out) - 1, min(len(held_out), 10_000), device=run.device).long()]
 
     def triples(index):
@@ -916,7 +898,6 @@ def main(args: Args, run: Run | None = None) -> SimpleNamespace:
     windows = world_model = inverse_dynamics = rollouts = complete = None
     if args.synthetic_fraction > 0:
         windows = Windows(args, dataset, run.device)
-        world_model_split(args, windows), idm_split(args, windows)  # what they refuse is told before anything is made
         run.open(dataset, evaluator, return_scale=windows.return_scale, target_return=target_return(args))
         world_model = train_world_model(args, windows, run)
         inverse_dynamics = train_inverse_dynamics(args, windows, run)

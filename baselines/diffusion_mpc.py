@@ -172,8 +172,6 @@ class Windows:
                 setattr(self, name, torch.as_tensor(value, device=device))
         self.offsets = torch.arange(args.plan_horizon + 1, device=device)
         self.train, self.held_out = self.split(self.usable, args.world_model_holdout, args.seed)
-        if not len(self.train):
-            raise UserError(f"--world-model-holdout {args.world_model_holdout} keeps every long episode away; lower it")
 
     def number_states(self, dataset: OfflineDataset) -> None:
         """obs and change [N + E, obs_dim]: an episode of T transitions has T+1 states, so its rows shift by its number.
@@ -189,11 +187,11 @@ class Windows:
         self.final = (self.last + 1 + np.arange(len(self.last)))[self.episode]
 
     def split(self, pairs: torch.Tensor, share: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Indices of the pairs marked in `pairs` [N]: to train on, and those in a random share of the episodes."""
-        episodes = len(self.last)
-        order = torch.randperm(episodes, generator=torch.Generator().manual_seed(seed))
-        count = min(math.ceil(share * episodes), episodes - 1)  # something must be left to train on
-        held_out = torch.isin(self.episode, order[:count].to(pairs.device))
+        """Indices of the pairs marked in `pairs` [N]: to train on, and those in a random share of their episodes."""
+        episodes = self.episode[pairs].unique()
+        order = torch.randperm(len(episodes), generator=torch.Generator().manual_seed(seed)).to(pairs.device)
+        count = min(math.ceil(share * len(episodes)), len(episodes) - 1)  # something must be left to train on
+        held_out = torch.isin(self.episode, episodes[order[:count]])
         return (pairs & ~held_out).nonzero()[:, 0], (pairs & held_out).nonzero()[:, 0]
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:

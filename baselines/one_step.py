@@ -36,7 +36,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Annotated, Literal
 
-from common import UserError, fast
+from common import fast
 from common.cli import Amount, Count, Rate, RunArgs, Seed, Share, run_script
 from common.data import OfflineDataset, load_dataset
 from common.evaluation import Evaluator, evaluate, score_report
@@ -149,11 +149,11 @@ class Windows:
         self.final = (self.last + 1 + np.arange(len(self.last)))[self.episode]
 
     def split(self, pairs: torch.Tensor, share: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Indices of the pairs marked in `pairs` [N]: to train on, and those in a random share of the episodes."""
-        episodes = len(self.last)
-        order = torch.randperm(episodes, generator=torch.Generator().manual_seed(seed))
-        count = min(math.ceil(share * episodes), episodes - 1)  # something must be left to train on
-        held_out = torch.isin(self.episode, order[:count].to(pairs.device))
+        """Indices of the pairs marked in `pairs` [N]: to train on, and those in a random share of their episodes."""
+        episodes = self.episode[pairs].unique()
+        order = torch.randperm(len(episodes), generator=torch.Generator().manual_seed(seed)).to(pairs.device)
+        count = min(math.ceil(share * len(episodes)), len(episodes) - 1)  # something must be left to train on
+        held_out = torch.isin(self.episode, episodes[order[:count]])
         return (pairs & ~held_out).nonzero()[:, 0], (pairs & held_out).nonzero()[:, 0]
 
 
@@ -299,15 +299,6 @@ def sample_rollouts(args: Args, world_model: WorldModel, obs, action, act=None):
     return torch.stack(states, dim=1), *(torch.stack(x, dim=1) for x in zip(*made, strict=True))
 
 
-# Copied from dawm_td3bc.py
-def world_model_split(args: Args, windows: Windows) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices of the windows to train on, and of those held out. UserError if none is left to train on."""
-    train, held_out = windows.split(windows.usable, args.world_model_holdout, args.world_model_seed)
-    if not len(train):
-        raise UserError(f"--world-model-holdout {args.world_model_holdout} keeps every long episode away; lower it")
-    return train, held_out
-
-
 PARTS = {"loss": "dynamics", "end_loss": "end", "cloning_loss": "behaviour"}  # each loss, and whose it is
 
 
@@ -322,7 +313,7 @@ def train_world_model(args: Args, windows: Windows, run: Run) -> WorldModel:
     world_model = WorldModel(args, windows).to(run.device)
     best, best_loss = copy.deepcopy(world_model), dict.fromkeys(PARTS, math.inf)
     optimizer = torch.optim.Adam(world_model.parameters(), lr=args.world_model_lr, fused=True)
-    train, held_out = world_model_split(args, windows)
+    train, held_out = windows.split(windows.usable, args.world_model_holdout, args.world_model_seed)
     if len(held_out):
         held_out = held_out[torch.linspace(0, len(held_out) - 1, min(len(held_out), 10_000), device=run.device).long()]
     shape = args.ensemble_size, args.world_model_batch_size
@@ -584,7 +575,6 @@ def main(args: Args, run: Run | None = None) -> SimpleNamespace:
     dataset = load_dataset(args.env_id, args.data_path)
     evaluator = Evaluator(dataset, args.physics, args.eval_episodes)
     windows, rollouts = Windows(dataset, run.device), None
-    world_model_split(args, windows)  # what it refuses is told before anything is made
     run.open(dataset, evaluator)
     world_model = train_world_model(args, windows, run)
     complete = partial(complete_rollouts, args, windows, world_model)

@@ -199,15 +199,13 @@ class Windows:
         starts |= fits & (np.isin(rows, first) | (np.isin(rows, latest) & fell[episode]))
         self.offsets = torch.arange(args.window_length, device=device)
         self.train, self.held_out = self.split(args, starts, episode, device)
-        if not len(self.train):
-            raise UserError(f"--world-model-holdout {args.world_model_holdout} keeps every long episode away; lower it")
 
     def split(self, args: Args, starts: np.ndarray, episode: np.ndarray, device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows marked in `starts`: to train on, and those in a random share of the episodes."""
-        episodes = episode[-1] + 1
-        order = torch.randperm(episodes, generator=torch.Generator().manual_seed(args.world_model_seed)).numpy()
-        count = min(math.ceil(args.world_model_holdout * episodes), episodes - 1)  # something must be left to train on
-        held_out = np.isin(episode, order[:count])
+        """Rows marked in `starts`: to train on, and those in a random share of their episodes."""
+        episodes = np.unique(episode[starts])
+        order = torch.randperm(len(episodes), generator=torch.Generator().manual_seed(args.world_model_seed)).numpy()
+        count = min(math.ceil(args.world_model_holdout * len(episodes)), len(episodes) - 1)  # one is left to train on
+        held_out = np.isin(episode, episodes[order[:count]])
         return tuple(torch.as_tensor((starts & x).nonzero()[0], device=device) for x in (~held_out, held_out))
 
     def rows(self, start: torch.Tensor) -> torch.Tensor:

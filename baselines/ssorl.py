@@ -235,7 +235,6 @@ def tanh_normal_log_prob(action: torch.Tensor, mean: torch.Tensor, log_std: torc
     return (log_normal - torch.log1p(-action.square())).sum(-1)
 
 
-# Adapted from dawm_td3bc.py: among the labelled trajectories
 def idm_split(args: Args, trajectories: Trajectories) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices of labelled rows: to train on, and those of a random share of the labelled trajectories.
 

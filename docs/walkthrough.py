@@ -136,7 +136,7 @@ plt.show()
 # We take a window of an episode that the world model was not trained on.
 
 # %%
-_, held_out = dawm.world_model_split(args, windows)
+_, held_out = windows.split(windows.usable, args.world_model_holdout, args.world_model_seed)
 pair = held_out[len(held_out) // 3][None]
 rows = windows.rows(pair)
 real_obs, real_reward = windows.obs[rows], windows.reward[rows][:, :-1]  # [1, 9, 11] and [1, 8], dataset units
@@ -266,7 +266,7 @@ plt.show()
 # next, and tells the action between the last two. Here it reads real states of an episode that it was not trained on.
 
 # %%
-_, idm_held_out = dawm.idm_split(args, windows)
+_, idm_held_out = windows.split(windows.has_past, args.idm_holdout, args.idm_seed)
 first = idm_held_out[len(idm_held_out) // 3]
 count = min(60, int(windows.last[windows.episode[first]] - first))
 states = windows.obs[windows.start[first] - 1 + torch.arange(count + 2)]

@@ -277,7 +277,7 @@ def calibration(parts, options: Args, scale: torch.Tensor) -> dict:
     """See the module's docstring, 4; scale [obs_dim + 1] is the data's sd. UserError if no held-out window is whole."""
     args, script, windows, dataset = parts.args, parts.script, parts.windows, parts.dataset
     steps = getattr(args, "model_horizon", args.horizon) + 1
-    index = script.world_model_split(args, windows)[1]
+    index = windows.split(windows.usable, args.world_model_holdout, args.world_model_seed)[1]
     index = index[(windows.start + steps <= windows.final)[index]]
     if not len(index):
         raise UserError("no episode held out from the world model's training is as long as its windows")

@@ -127,11 +127,21 @@ def test_mark_ends_by_hand():
     assert not script.mark_ends(args, windows, obs, reward)[0].any()
 
 
-def test_too_long_a_horizon_is_refused():
-    with pytest.raises(
-        UserError, match="--model-horizon 40 needs 41 transitions in a row, but the longest episode has 30"
-    ):
-        windows_of(linear_dataset(), model_horizon=40)
+@pytest.mark.parametrize(
+    "episodes, horizon, told", [(3, 40, "one of 41 steps, not 3 of up to 30"), (1, 7, "not 1 of up")]
+)
+def test_too_long_a_horizon_or_one_episode_is_refused(episodes, horizon, told):
+    with pytest.raises(UserError, match=f"--model-horizon {horizon} needs two episodes, .*{told}"):
+        windows_of(linear_dataset(episodes), model_horizon=horizon)
+
+
+def test_an_episode_without_marked_pairs_is_neither_learned_from_nor_held_out():
+    _, windows = windows_of(linear_dataset(4))
+    pairs = windows.episode % 2 == 1  # of two episodes in four
+    for share, count in ((0.0, 0), (0.1, 1), (0.9, 1)):
+        train, held_out = windows.split(pairs, share, seed=0)
+        assert len(windows.episode[held_out].unique()) == count
+        assert sorted([*train.tolist(), *held_out.tolist()]) == pairs.nonzero()[:, 0].tolist()
 
 
 # ---- Section 3: the network and the sampler

@@ -226,6 +226,7 @@ class Windows:
         """obs and change [N + E, obs_dim]: an episode of T transitions has T+1 states, so its rows shift by its number.
         `start` and `final` [N] are the rows of a pair's own state and of its episode's last one."""
         self.episode = np.repeat(np.arange(len(dataset.lengths)), dataset.lengths)  # of each pair
+        self.has_past = np.insert(self.episode[1:] == self.episode[:-1], 0, False)  # whether a state stands before it
         self.last = np.cumsum(dataset.lengths) - 1  # last pair of each episode
         self.obs = np.insert(dataset.obs, self.last + 1, dataset.next_obs[self.last], axis=0)
         self.change = np.insert(dataset.next_obs - dataset.obs, self.last + 1, 0, axis=0)
@@ -239,13 +240,14 @@ class Windows:
         learn what happens next. The reward after a fall lies below all real ones by a quarter of their range, so that
         generated ends can be told (`is_over`) [unspecified].
         """
-        fits = self.start + args.model_horizon + 1 <= self.final
-        if not fits.any():
+        longest = int(dataset.lengths.max())
+        if longest <= args.model_horizon or len(self.last) < 2:
             raise UserError(
-                f"--model-horizon {args.model_horizon} needs {args.model_horizon + 1} transitions in a row, but the "
-                f"longest episode has {dataset.lengths.max()}; lower it and --horizon (1 or more), or give "
+                f"--model-horizon {args.model_horizon} needs two episodes, one of {args.model_horizon + 1} steps, not "
+                f"{len(self.last)} of up to {longest}; lower it and --horizon (1 or more), record more, or give "
                 "--synthetic-fraction 0, which needs no windows"
             )
+        fits = self.start + args.model_horizon + 1 <= self.final
         self.usable = fits | dataset.terminated[self.last][self.episode]
         low, high = float(dataset.reward.min()), float(dataset.reward.max())
         self.end_reward, self.end_margin = low, -math.inf
@@ -266,11 +268,11 @@ class Windows:
         self.return_to_go = ((label - self.return_offset) / self.return_scale).astype(np.float32)
 
     def split(self, pairs: torch.Tensor, share: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Indices of the pairs marked in `pairs` [N]: to train on, and those in a random share of the episodes."""
-        episodes = len(self.last)
-        order = torch.randperm(episodes, generator=torch.Generator().manual_seed(seed))
-        count = min(math.ceil(share * episodes), episodes - 1)  # something must be left to train on
-        held_out = torch.isin(self.episode, order[:count].to(pairs.device))
+        """Indices of the pairs marked in `pairs` [N]: to train on, and those in a random share of their episodes."""
+        episodes = self.episode[pairs].unique()
+        order = torch.randperm(len(episodes), generator=torch.Generator().manual_seed(seed)).to(pairs.device)
+        count = min(math.ceil(share * len(episodes)), len(episodes) - 1)  # something must be left to train on
+        held_out = torch.isin(self.episode, episodes[order[:count]])
         return (pairs & ~held_out).nonzero()[:, 0], (pairs & held_out).nonzero()[:, 0]
 
     def is_over(self, reward: torch.Tensor) -> torch.Tensor:
@@ -526,15 +528,6 @@ def sample_rollouts(
     return obs, torch.cat([action[:, None], actions[:, 1:]], dim=1), reward[..., 0]
 
 
-# Copied from dawm_td3bc.py
-def world_model_split(args: Args, windows: Windows) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices of the windows to train on, and of those held out. UserError if none is left to train on."""
-    train, held_out = windows.split(windows.usable, args.world_model_holdout, args.world_model_seed)
-    if not len(train):
-        raise UserError(f"--world-model-holdout {args.world_model_holdout} keeps every long episode away; lower it")
-    return train, held_out
-
-
 # Adapted from dawm_td3bc.py: tokens hold actions too
 def train_world_model(args: Args, windows: Windows, run: Run) -> WorldModel:
     """Fit the denoiser by Eq. 2, or by its x0 form."""
@@ -544,7 +537,7 @@ def train_world_model(args: Args, windows: Windows, run: Run) -> WorldModel:
     parameters, averaged = list(denoiser.parameters()), list(world_model.denoiser.parameters())
     optimizer = torch.optim.Adam(parameters, lr=args.world_model_lr, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.world_model_steps)  # [unspecified]
-    train, held_out = world_model_split(args, windows)
+    train, held_out = windows.split(windows.usable, args.world_model_holdout, args.world_model_seed)
     normalized = world_model.units.normalize(tokens(windows))  # once for all
 
     def loss_of(denoiser, index):
@@ -835,7 +828,6 @@ def main(args: Args, run: Run | None = None) -> SimpleNamespace:
     windows = world_model = rollouts = complete = None
     if args.synthetic_fraction > 0:
         windows = Windows(args, dataset, run.device)
-        world_model_split(args, windows)  # what it refuses is told before anything is made
         run.open(dataset, evaluator, return_scale=windows.return_scale, target_return=target_return(args))
         world_model = train_world_model(args, windows, run)
         complete = partial(complete_rollouts, args, windows, world_model)
