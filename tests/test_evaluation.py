@@ -190,8 +190,7 @@ RULES = [  # environment, arguments, what of next_obs it looks at
     ("Hopper-v4", {}, range(11)), ("Hopper-v5", WITH_X, range(1, 12)), ("Walker2d-v4", {}, [0, 1]),
     ("Hopper-v5", {"healthy_z_range": (0.9, 1.3), "healthy_angle_range": [-0.1, 0.5]}, range(11)),
     ("Hopper-v5", {"healthy_state_range": (-2, 2)}, range(11)), ("Walker2d-v5", WITH_X, [1, 2]),
-    ("Ant-v5", {"healthy_z_range": (0.5, 0.8)}, [0]), ("Humanoid-v5", WITH_X, [2]),
-    ("Hopper-v5", {"terminate_when_unhealthy": False}, []), ("HalfCheetah-v5", {}, []), ("Pendulum-v1", {}, []),
+    ("Hopper-v5", {"terminate_when_unhealthy": False}, []), ("HalfCheetah-v5", {}, []),
 ]  # fmt: skip
 
 
@@ -218,12 +217,8 @@ def test_the_fall_rule_is_the_simulators(name, arguments, looks):
 @pytest.mark.filterwarnings("ignore")
 def test_no_rule_is_known_behind_a_wrapper_or_of_other_peoples_robots():
     hopper = gym.make("Hopper-v5")
-    assert fall_rule(wrappers.ClipAction(hopper)) is not None  # observations pass unchanged
-    assert fall_rule(wrappers.DtypeObservation(hopper, np.float32)) is not None
-    for wrapped in (wrappers.NormalizeObservation(hopper), wrappers.TimeAwareObservation(hopper)):
-        assert fall_rule(wrapped) is None
-    assert fall_rule(gym.make("Bowl-v0")) is None and fall_rule(gym.make("InvertedPendulum-v5")) is None
-    assert fall_rule(Tired(gym.make("Pendulum-v1"), 0.5)) is None  # a user's wrapper may end episodes
+    for env in (wrappers.NormalizeObservation(hopper), Tired(hopper, 0.5), gym.make("Bowl-v0"), gym.make("Ant-v5")):
+        assert fall_rule(env) is None
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -231,7 +226,7 @@ def test_scores_are_for_the_unchanged_environment():
     """D4RL's reference returns say nothing of other arguments, step limits or wrappers."""
     for same in (
         gym.make("Hopper-v4"),
-        gym.make("Hopper-v5", healthy_z_range=[0.7, float("inf")], healthy_reward=1.0),
+        gym.make("Hopper-v5", render_mode="rgb_array"),
         wrappers.RecordEpisodeStatistics(gym.make("Walker2d-v5")),
     ):
         assert is_unchanged(plain(same.spec)) and dataset_of(same).robot in ("hopper", "walker2d")
