@@ -5,7 +5,6 @@ been held against its rows. Nothing here imports a D4RL package, and no pickle i
 """
 
 import difflib
-import errno
 import hashlib
 import os
 import re
@@ -349,12 +348,8 @@ def _reading(path: Path, again: str):
         yield
     except UserError:
         raise
-    except BlockingIOError:
-        raise UserError(f"{path} is being written by another process: wait for it, or stop it")
     except Exception as error:  # h5py, Minari and gymnasium raise many types
-        whole = isinstance(error, MemoryError) or getattr(error, "errno", None) not in (None, errno.ENOENT)
-        why = "" if whole else f": damaged or cut short; {again}"
-        raise UserError(f"{path} cannot be read ({one_line(error)}){why}")
+        raise UserError(f"{path} cannot be read ({one_line(error)}); if it is damaged or cut short, {again}")
 
 
 # ---- For every source: what the data say of themselves, against their rows
