@@ -1,8 +1,6 @@
 """The simulator and the score: the environment that a data set names, D4RL's physics, many episodes side by side."""
 
 import copy
-import inspect
-import os
 import reprlib
 import warnings
 from contextlib import contextmanager
@@ -11,15 +9,10 @@ from common import UserError
 from common.files import one_line
 
 import gymnasium as gym
+import mujoco
 import numpy as np
 import torch
 from gymnasium.envs.registration import EnvSpec
-
-_gl = os.environ.pop("MUJOCO_GL", None)  # the OpenGL that it names may not be here, and no score needs one
-import mujoco  # noqa: E402
-
-if _gl is not None:
-    os.environ["MUJOCO_GL"] = _gl
 
 # Returns that count as 0 and 100 [D4RL infos.py]; the same for every data set of a robot.
 REFERENCE_RETURNS = {
@@ -33,17 +26,16 @@ RECORDERS = (
     "RecordEpisodeStatistics", "RecordVideo", "HumanRendering", "RenderCollection", "DataCollector",
     "StepDataCollector", "Monitor",
 )  # fmt: skip
-HEIGHT = {"HopperEnv": 1, "Walker2dEnv": 1, "AntEnv": 2, "HumanoidEnv": 2}  # where qpos has it; x (and y) stand before
-ENDLESS = ("HalfCheetahEnv", "SwimmerEnv", "ReacherEnv", "PusherEnv", "HumanoidStandupEnv", "PendulumEnv")
 
 
 def plain(spec: EnvSpec) -> EnvSpec:
     """A copy without what only shows or records: no window is opened and no film written during an evaluation."""
     spec = copy.deepcopy(spec)
     spec.kwargs.pop("render_mode", None)
-    ours = ("gymnasium.", "minari.", "stable_baselines3.")  # a user's own class may have any name
-    watches = [x.name in RECORDERS and x.entry_point.startswith(ours) for x in spec.additional_wrappers]
-    spec.additional_wrappers = tuple(x for x, w in zip(spec.additional_wrappers, watches, strict=True) if not w)
+    theirs = ("gymnasium.", "minari.", "stable_baselines3.")  # a user's own class may have any name
+    spec.additional_wrappers = tuple(
+        x for x in spec.additional_wrappers if not (x.name in RECORDERS and x.entry_point.startswith(theirs))
+    )
     return spec
 
 
@@ -120,43 +112,28 @@ def robot_of(spec: EnvSpec) -> str:
 
 
 def is_unchanged(spec: EnvSpec) -> bool:
-    """Whether the environment is the registered one: no wrapper, its own step limit, every argument at its default."""
+    """Whether the environment is the registered one: its own arguments and step limit, no wrapper."""
     usual = gym.registry.get(spec.id)
-    if usual is None or spec.additional_wrappers or spec.max_episode_steps != usual.max_episode_steps:
-        return False
-    default = _defaults(spec.entry_point)
-    return all(np.array_equal(default.get(x), spec.kwargs[x]) for x in spec.kwargs)
-
-
-def _defaults(creator) -> dict:
-    creator = gym.envs.registration.load_env_creator(creator) if isinstance(creator, str) else creator
-    return {name: x.default for name, x in inspect.signature(creator).parameters.items()}
+    known = usual is not None and not spec.additional_wrappers
+    return known and (spec.kwargs, spec.max_episode_steps) == (usual.kwargs, usual.max_episode_steps)
 
 
 def fall_rule(env: gym.Env) -> tuple[np.ndarray, np.ndarray] | None:
     """low, high [obs_dim] float32: the robot has fallen unless low < obs < high, and there its episode ends.
 
-    From the arguments of gymnasium's own robots; all infinite where they never end an episode. None where no rule is
-    known, or where a wrapper shows something else than the robot's own observation.
+    All infinite where it never falls. None for other robots than D4RL's, and behind a wrapper, which may show something
+    else than the robot's own observation or end episodes of its own.
     """
-    robot, name = env.unwrapped, type(env.unwrapped).__name__
-    if not type(robot).__module__.startswith(("gymnasium.envs.mujoco.", "gymnasium.envs.classic_control.")):
+    if not robot_of(env.spec) or env.spec.additional_wrappers:
         return None
-    given, low = _defaults(type(robot)) | robot.spec.kwargs, np.full(env.observation_space.shape, -np.inf, np.float32)
-    if name in ENDLESS or not given.get("terminate_when_unhealthy", True):
-        theirs = [x for x in env.spec.additional_wrappers if not x.entry_point.startswith("gymnasium.wrappers.")]
-        return None if theirs else (low, -low)  # a wrapper may end episodes of its own
-    with quiet():
-        shown, own = env.reset(seed=0)[0], robot.reset(seed=0)[0]
-    if name not in HEIGHT or np.shape(shown) != np.shape(own) or not np.allclose(shown, own, rtol=1e-5):
-        return None
-    height = HEIGHT[name] * (not given["exclude_current_positions_from_observation"])
+    robot, low = env.unwrapped, np.full(env.observation_space.shape, -np.inf, np.float32)
     high = -low
-    if "healthy_state_range" in given:
-        low[height + 1 :], high[height + 1 :] = given["healthy_state_range"]
-    for place, key in ((height, "healthy_z_range"), (height + 1, "healthy_angle_range")):
-        if key in given:
-            low[place], high[place] = max(low[place], given[key][0]), min(high[place], given[key][1])
+    if getattr(robot, "_terminate_when_unhealthy", False):
+        height = int(not robot._exclude_current_positions_from_observation)  # else x stands before it
+        if hasattr(robot, "_healthy_state_range"):
+            low[height + 1 :], high[height + 1 :] = robot._healthy_state_range
+        for place, limits in ((height, robot._healthy_z_range), (height + 1, robot._healthy_angle_range)):
+            low[place], high[place] = max(low[place], limits[0]), min(high[place], limits[1])
     return low, high
 
 
@@ -180,7 +157,7 @@ def _middle_half(low, high) -> tuple[np.ndarray, np.ndarray]:
     return ((low + high) / 2).astype(np.float32), ((high - low) / 2).astype(np.float32)
 
 
-# ---- Episodes and single steps
+# ---- Episodes
 
 
 class Evaluator:
@@ -238,46 +215,6 @@ def evaluate(actor: torch.nn.Module, evaluator: Evaluator, run, step: int) -> fl
     told, score = {"eval/episodic_return": mean, "eval/episodic_return_std": returns.std()}, evaluator.score(mean)
     run.log(step, told if score is None else told | {"eval/normalized_score": score})
     return mean
-
-
-class Stepper:
-    """What the simulator does from any state: next obs, reward and fall of single transitions, each by itself.
-
-    UserError if obs does not tell the simulator's state: known for Hopper, Walker2d and HalfCheetah, -v4 and -v5.
-    """
-
-    def __init__(self, dataset, physics: str = "auto"):
-        self.dataset, self.robot = dataset, robot_of(dataset.spec)
-        if not self.robot or dataset.spec.additional_wrappers:
-            raise UserError(
-                f"{described(dataset.spec)} has no state that can be set from an observation; "
-                "known: Hopper, Walker2d and HalfCheetah, -v4 and -v5, without wrappers"
-            )
-        self.env = make_env(dataset.spec, dataset.physics if physics == "auto" else physics).unwrapped
-        self.hidden = self.env.model.nq + self.env.model.nv - dataset.obs.shape[1]
-
-    def checkable(self, obs: np.ndarray) -> np.ndarray:
-        """Whether obs [N, obs_dim] tells the state: false where a velocity is at the clip -> bool [N]."""
-        velocity = np.abs(obs[:, self.env.model.nq - self.hidden :]).max(1)
-        return velocity < 10 if self.robot != "halfcheetah" else np.ones(len(obs), bool)
-
-    def __call__(self, obs: np.ndarray, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """obs [N, obs_dim], action [N, action_dim] in [-1, 1] -> next_obs [N, obs_dim], reward [N], terminated [N].
-
-        Float64 and bool; NaN where the simulator gives up on a state.
-        """
-        env, next_obs = self.env, np.empty(obs.shape)
-        reward, terminated = np.empty(len(obs)), np.empty(len(obs), bool)
-        action = to_box(action, self.dataset.action_low, self.dataset.action_high)
-        with quiet():
-            for i in range(len(obs)):
-                mujoco.mj_resetData(env.model, env.data)
-                state = np.concatenate([np.zeros(self.hidden), obs[i]])  # the place along the track is free
-                env.set_state(state[: env.model.nq], state[env.model.nq :])
-                next_obs[i], reward[i], terminated[i], _, _ = env.step(action[i])
-                if env.data.warning.number[int(mujoco.mjtWarning.mjWARN_BADQPOS) :].any():  # it began anew elsewhere
-                    next_obs[i], reward[i] = np.nan, np.nan
-        return next_obs, reward, terminated
 
 
 # ---- Scores

@@ -10,7 +10,6 @@ import os
 import platform
 import random
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -223,8 +222,7 @@ class Run:
             return
         total = self.before + time.monotonic() - self.started
         rows = [(name, f"{spent:7.1f} s  {spent / total:4.0%}  {rate}") for name, (spent, rate) in self.stages.items()]
-        rows += [("total", f"{total:7.1f} s"), ("peak memory", f"{_peak_memory_gib():.2f} GiB")]
-        rows += [*results.items(), *self._verdict().items()]
+        rows += [("total", f"{total:7.1f} s"), *results.items(), *self._told_controls().items()]
         rows += [("folder", str(self.folder)), ("plot", str(self.folder / "curves.png"))]
         if self.content["data"]["robot"] and "eval/episodic_return" in self.history:
             python = sys.executable.removeprefix(f"{os.getcwd()}/")  # where no environment has been activated
@@ -240,19 +238,13 @@ class Run:
         self.lock.release()
         (self.folder / "run.lock").unlink(missing_ok=True)
 
-    def _verdict(self) -> dict[str, str]:
-        """Is the score good? What others reached with the same data, and whether it is better than the data."""
-        lines, mean = {}, self.content["data"]["mean_return"]
+    def _told_controls(self) -> dict[str, str]:
+        """Is the score good? What others reached with the same data."""
+        lines = {}
         for row in self._controls():
             score = f"normalized score {row['score']:>6} ± {row['score_std']}" if row["score"] else "no D4RL reference"
             told = f"   (mean of the curve, {len(row['seeds'].split())} seeds)"
             lines[row["control"]] = f"return {float(row['return']):8.1f}   {score}{told}"
-        if mean is not None and (final := self.history.get("eval/episodic_return")):
-            above = final[-1][1] - mean
-            text = f"{abs(above):.1f} {'above' if above > 0 else 'below'} the data's own mean return"
-            if "eval/episodic_return_std" in self.history:
-                text += f"; episodes vary by {self.history['eval/episodic_return_std'][-1][1]:.1f} (std)"
-            lines["final is"] = text
         return lines
 
     def _controls(self) -> list[dict[str, str]]:
@@ -329,8 +321,3 @@ def processor() -> str:
         return re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())[1]
     except (OSError, TypeError):
         return platform.processor()
-
-
-def _peak_memory_gib() -> float:
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes on macOS, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -8,7 +8,6 @@ another wording keeps it, and another line of code makes a new one.
 """
 
 import ast
-import datetime
 import hashlib
 import inspect
 import json
@@ -138,8 +137,7 @@ class Stage:
         fill(self.keeps, tensors)
         self._log(manifest["metrics"])
         self.run.fingerprints[self.name] = manifest["fingerprint"]
-        age = datetime.timedelta(seconds=round(time.time() - manifest["time"]))
-        text = f"reused {self.path}, {age} old, {manifest['seconds']:.1f} s to make"
+        text = f"reused {self.path}, {manifest['seconds']:.1f} s to make"
         self.run.stages[self.name] = (0.0, text)
         self._say(text)
         shutil.rmtree(self.checkpoints, ignore_errors=True)  # of a process killed after it had kept
@@ -155,8 +153,7 @@ class Stage:
         self.run.fingerprints[self.name] = hashlib.sha256(save(tensors)).hexdigest()
         manifest = {
             "stage": self.name, "depends": self.depends, "fingerprint": self.run.fingerprints[self.name],
-            "time": time.time(), "seconds": self._seconds(), "metrics": self.run.records[self.first_record :],
-            "run": self.run.content,
+            "seconds": self._seconds(), "metrics": self.run.records[self.first_record :], "run": self.run.content,
         }  # fmt: skip
         whole = save(tensors, {"manifest": json.dumps(manifest)})
         try:

@@ -32,7 +32,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import UserError
 from common.cli import Count, parse_args, tell
-from common.evaluation import Stepper
 from common.files import write_text
 
 import numpy as np
@@ -41,6 +40,7 @@ import tyro
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from run_folders import load_rollouts
+from stepper import Stepper
 from torch import nn
 from tqdm import tqdm
 

@@ -28,7 +28,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import UserError
 from common.cli import parse_args, tell
-from common.evaluation import Stepper
 from common.files import write_whole
 
 import matplotlib
@@ -37,6 +36,7 @@ import numpy as np
 import tyro
 from PIL import Image, ImageDraw, ImageFont
 from run_folders import load_rollouts
+from stepper import Stepper
 from tqdm import tqdm
 
 RANKED = 1000  # rollouts that --pick chooses from, drawn at random with a fixed seed

@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import UserError
 from common.cli import Count, parse_args, tell
-from common.evaluation import Stepper
 from common.files import write_whole
 from common.run import Run
 
@@ -29,6 +28,7 @@ import tyro
 from audit import draw_rows, norm
 from matplotlib.figure import Figure
 from run_folders import finished_run, load_rollouts
+from stepper import Stepper
 
 
 @tyro.conf.configure(tyro.conf.PositionalRequiredArgs)

@@ -22,13 +22,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import UserError
 from common.cli import Count, Seed, parse_args, tell
-from common.evaluation import Stepper, score_report
+from common.evaluation import score_report
 from common.run import Run
 
 import numpy as np
 import torch
 import tyro
 from run_folders import finished_runs, load_rollouts, read_args
+from stepper import Stepper
 from table import spread
 
 REPLACED = {  # the run's name: columns of a row that the simulator gives

@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 from common import UserError
 from common.data import load_dataset
-from common.evaluation import Stepper
 
 import audit
 import numpy as np
 import pytest
 import torch
+from stepper import Stepper
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ from common import UserError
 from common.data import OfflineDataset
 from common.evaluation import (
     Evaluator,
-    Stepper,
     fall_rule,
     from_box,
     is_unchanged,
@@ -18,7 +17,6 @@ from common.evaluation import (
 )  # fmt: skip
 
 import gymnasium as gym
-import mujoco
 import numpy as np
 import pytest
 from gymnasium import spaces, wrappers
@@ -188,47 +186,11 @@ def test_boxes():
     np.testing.assert_array_equal(to_box(np.float32([[0.5]]), -huge, huge), [huge / 2])
 
 
-@pytest.mark.parametrize("version, physics", [("v4", "d4rl"), ("v5", "stock")])
-@pytest.mark.parametrize(
-    "robot, arguments", [("Hopper", {}), ("Walker2d", {}), ("HalfCheetah", {}), ("Hopper", WITH_X)]
-)
-def test_single_steps_equal_the_environment(robot, arguments, version, physics):
-    """Next obs, reward and fall to the bit, over random play with falls, and whichever state came before."""
-    whole, rows, rng = gym.make(f"{robot}-{version}", **arguments), [], np.random.default_rng(0)
-    env = make_env(whole.spec, physics).unwrapped
-    obs, _ = env.reset(seed=0)
-    hidden = 0 if arguments else 1
-    for _ in range(100):
-        action = rng.uniform(-1, 1, env.action_space.shape).astype(np.float32)
-        mujoco.mj_resetData(env.model, env.data)
-        env.set_state(np.r_[[0] * hidden, obs[: env.model.nq - hidden]], obs[env.model.nq - hidden :])
-        next_obs, reward, terminated, _, _ = env.step(action)
-        rows.append((obs, action, next_obs, reward, terminated))
-        obs = env.reset()[0] if terminated else next_obs
-    obs, action, *outcome = map(np.array, zip(*rows, strict=True))
-    stepper = Stepper(dataset_of(whole, physics), "auto")
-    for expected, made in zip(outcome, stepper(obs, action), strict=True):
-        np.testing.assert_array_equal(made, expected)
-    assert outcome[2].any() == (robot != "HalfCheetah")
-    clipped = (np.abs(obs[:, env.model.nq - hidden :]) == 10).any(1)
-    np.testing.assert_array_equal(stepper.checkable(obs), ~clipped if robot != "HalfCheetah" else True)
-
-
-def test_single_steps_only_where_a_state_can_be_set():
-    for env in (gym.make("InvertedPendulum-v5"), wrappers.NormalizeObservation(gym.make("Hopper-v5"))):
-        with pytest.raises(UserError, match="has no state that can be set from an observation"):
-            Stepper(dataset_of(env))
-    stepper = Stepper(dataset_of(gym.make("Hopper-v5")))
-    next_obs, reward, _ = stepper(np.full((1, 11), 1e9), np.zeros((1, 3), np.float32))
-    assert np.isnan(next_obs).all() and np.isnan(reward).all()
-
-
 RULES = [  # environment, arguments, what of next_obs it looks at
     ("Hopper-v4", {}, range(11)), ("Hopper-v5", WITH_X, range(1, 12)), ("Walker2d-v4", {}, [0, 1]),
     ("Hopper-v5", {"healthy_z_range": (0.9, 1.3), "healthy_angle_range": [-0.1, 0.5]}, range(11)),
     ("Hopper-v5", {"healthy_state_range": (-2, 2)}, range(11)), ("Walker2d-v5", WITH_X, [1, 2]),
-    ("Ant-v5", {"healthy_z_range": (0.5, 0.8)}, [0]), ("Humanoid-v5", WITH_X, [2]),
-    ("Hopper-v5", {"terminate_when_unhealthy": False}, []), ("HalfCheetah-v5", {}, []), ("Pendulum-v1", {}, []),
+    ("Hopper-v5", {"terminate_when_unhealthy": False}, []), ("HalfCheetah-v5", {}, []),
 ]  # fmt: skip
 
 
@@ -255,12 +217,8 @@ def test_the_fall_rule_is_the_simulators(name, arguments, looks):
 @pytest.mark.filterwarnings("ignore")
 def test_no_rule_is_known_behind_a_wrapper_or_of_other_peoples_robots():
     hopper = gym.make("Hopper-v5")
-    assert fall_rule(wrappers.ClipAction(hopper)) is not None  # observations pass unchanged
-    assert fall_rule(wrappers.DtypeObservation(hopper, np.float32)) is not None
-    for wrapped in (wrappers.NormalizeObservation(hopper), wrappers.TimeAwareObservation(hopper)):
-        assert fall_rule(wrapped) is None
-    assert fall_rule(gym.make("Bowl-v0")) is None and fall_rule(gym.make("InvertedPendulum-v5")) is None
-    assert fall_rule(Tired(gym.make("Pendulum-v1"), 0.5)) is None  # a user's wrapper may end episodes
+    for env in (wrappers.NormalizeObservation(hopper), Tired(hopper, 0.5), gym.make("Bowl-v0"), gym.make("Ant-v5")):
+        assert fall_rule(env) is None
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -268,7 +226,7 @@ def test_scores_are_for_the_unchanged_environment():
     """D4RL's reference returns say nothing of other arguments, step limits or wrappers."""
     for same in (
         gym.make("Hopper-v4"),
-        gym.make("Hopper-v5", healthy_z_range=[0.7, float("inf")], healthy_reward=1.0),
+        gym.make("Hopper-v5", render_mode="rgb_array"),
         wrappers.RecordEpisodeStatistics(gym.make("Walker2d-v5")),
     ):
         assert is_unchanged(plain(same.spec)) and dataset_of(same).robot in ("hopper", "walker2d")
