@@ -182,11 +182,10 @@ def ours(loop: str, name: str, options) -> None:
 
 
 def shipped_policy():
-    from local_datasets.collect import BEHAVIOR_DIR, load_policies
-    from local_datasets.train_behavior import as_policy
+    from local_datasets.collect import BEHAVIOR_DIR, as_policy, load_policies
 
     (policy,) = load_policies("hopper", "medium", BEHAVIOR_DIR)
-    return as_policy(policy.actor, 0, True)
+    return as_policy(policy.weights, 0, deterministic=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
