@@ -16,9 +16,7 @@ sys.path.insert(0, str(ROOT / "experiments"))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import inference
 import table
-import training_time
 import true_dynamics
-from run_folders import finished_run
 
 
 def test_the_inference_table_by_hand():
@@ -63,7 +61,7 @@ def test_every_contender_acts(monkeypatch):
 
 
 def test_the_table_of_scores_by_hand(tmp_path, capsys):
-    """Two seeds with finals 40 and 60 and curves of mean 30 and 50; d3rlpy's lines; a picture."""
+    """Two seeds with finals 40 and 60 and curves of mean 30 and 50; d3rlpy's lines."""
     args = dict(exp_name="a", run_dir="x", eval_every=10)
     data = dict(env_id="e", robot="hopper", mean_return=1607.01385, fingerprint="f")  # half of D4RL's range
     for seed, scores in ((0, [20.0, 40.0]), (1, [40.0, 60.0])):
@@ -75,12 +73,12 @@ def test_the_table_of_scores_by_hand(tmp_path, capsys):
         (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     peer = dict(library="d3rlpy 1", algorithm="iql", seed=3, scores=[1, 2], seconds=120)
     (tmp_path / "peers.jsonl").write_text(json.dumps(peer) + "\n")
-    table.main(tmp_path, tmp_path / "curves.png")
+    table.main(tmp_path)
     text = capsys.readouterr().out
     assert "| a | 0, 1 | 50.0 ± 14.1 | 40.0 ± 14.1 | 1.0 |\n| d3rlpy 1 iql | 3 | 2.0 | 1.5 | 2.0 |" in text
-    assert "The mean return of e itself: 50.0" in text and (tmp_path / "curves.png").stat().st_size > 5000
+    assert "The mean return of e itself: 50.0" in text
     with pytest.raises(UserError, match="no finished run in"):
-        table.main(tmp_path / "0", None)
+        table.main(tmp_path / "0")
 
 
 def test_columns_are_replaced_by_what_the_simulator_does(toy, tmp_path, capsys):
@@ -97,20 +95,3 @@ def test_columns_are_replaced_by_what_the_simulator_does(toy, tmp_path, capsys):
     assert sorted(x.name.split("__")[1] for x in tmp_path.iterdir()) == sorted(2 * lines)
     told = capsys.readouterr().out.splitlines()[-2:]
     assert [line.split(" | ")[1:3] for line in told] == [["all true", "1"], ["real data", "1"]]
-
-
-def test_a_training_of_the_run_s_own_length_errs_as_the_run_s_model(toy, tmp_path):
-    hopper_run("dawm_td3bc", toy, *TOY, "--horizon", "3", "--exp-name", "looked-at")
-    folder = next((toy / "runs").glob("*__looked-at__*"))
-    training_time.main(training_time.Args(runs=(folder,), updates=(10, 30), pairs=100, out=tmp_path))
-    made = {finished_run(path).content["args"]["world_model_steps"]: path for path in tmp_path.glob("*__looked-at__*")}
-    errors = {n: {k: v[-1] for k, v in finished_run(path).metrics.items() if "audit" in k} for n, path in made.items()}
-    parts = true_dynamics.load_rollouts(folder)  # whose world model had 30 updates
-    assert errors[30] == training_time.errors(parts, parts.world_model, 100) != errors[10]
-    training_time.main(training_time.Args(runs=tuple(made.values()), plot=True, out=tmp_path))
-    assert (tmp_path / "training_time.png").stat().st_size > 5000
-    assert "to watch it" not in (made[30] / "summary.txt").read_text()  # it has no agent
-    with pytest.raises(UserError, match="2 runs given"):
-        training_time.main(training_time.Args(runs=tuple(made.values())))
-    with pytest.raises(UserError, match="was not made by this command"):
-        training_time.main(training_time.Args(runs=(folder,), plot=True))
