@@ -1,15 +1,14 @@
-"""How fast the hot loops are, beside other implementations and beside the hardware's limit.
+"""How fast the hot loops are, beside the usual form, d3rlpy and the hardware's limit.
 
     python benchmarks/speed.py                                    # loops A to E, one thread, every contender there is
     python benchmarks/speed.py --threads 2 --out benchmarks/speed_2_threads
     python benchmarks/speed.py --device cuda --out benchmarks/speed_cuda
-    make peers && PEERS_DIR=~/peers python benchmarks/speed.py    # with d3rlpy and clones of other repositories
+    make peers && python benchmarks/speed.py                      # with d3rlpy's TD3+BC and IQL
 
 Every contender of a loop is a process of its own. All are started and warmed up, then take turns, a few seconds each,
 for several rounds; told are medians over the rounds and their quartiles. Ours are the scripts' own functions, run as a
 run runs them: only the stage is replaced by a clock. "plain" is the same mathematics in the usual form (plain.py).
-d3rlpy comes from `make peers`; other repositories are used where PEERS_DIR holds a clone (peers_code.py), and left out
-with a word where not.
+d3rlpy is left out with a word where `make peers` has not installed it.
 
     A    world model: one update, width 32 x (1, 4, 8), 8 tokens, batch 64; ours has a network beside the U-Net
     A128 as A with width 128, the paper's
@@ -49,16 +48,6 @@ LOOPS = {
     "D": "IQL: updates/s",
     "E": "evaluation: environment steps/s",
 }
-PEERS = {  # what peers_code.py knows to run, by loop
-    "A": ("decision-diffuser", "diffuser"),
-    "A128": ("decision-diffuser", "diffuser"),
-    "B": ("decision-diffuser",),
-    "B128": ("decision-diffuser",),
-    "C": ("d3rlpy", "CORL", "TD3_BC", "JAX-CORL"),
-    "D": ("d3rlpy", "CORL", "IQL-PyTorch", "JAX-CORL"),
-    "E": ("CORL",),
-}
-OTHER_PACKAGES = ("d3rlpy", "decision-diffuser", "diffuser", "JAX-CORL")  # need what is not in our environment
 FOREVER = 10**9
 
 
@@ -182,11 +171,10 @@ def ours(loop: str, name: str, options) -> None:
 
 
 def shipped_policy():
-    from local_datasets.collect import BEHAVIOR_DIR, load_policies
-    from local_datasets.train_behavior import as_policy
+    from local_datasets.collect import BEHAVIOR_DIR, as_policy, load_policies
 
     (policy,) = load_policies("hopper", "medium", BEHAVIOR_DIR)
-    return as_policy(policy.actor, 0, True)
+    return as_policy(policy.weights, 0, deterministic=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,52 +263,33 @@ def rate(name: str, device: str) -> None:
 
 
 class Worker:
-    """A contender in a process of its own, warmed up, or the reason why there is none."""
+    """A contender in a process of its own."""
 
     def __init__(self, loop: str, name: str, options: Args):
-        peer = name in PEERS.get(loop, ())
-        python = options.peers_python if name in OTHER_PACKAGES else Path(sys.executable)
-        self.loop, self.name, self.why = loop, name, f"{python} is not there: make peers"
-        self.process, self.rates, self.operations = None, [], 0.0
-        if name == "d3rlpy" and options.device == "cuda":
-            self.why = "it is built for the CPU here"
-        elif python.exists():
-            self.begin(python, peer, options)
-
-    def begin(self, python: Path, peer: bool, options: Args) -> None:
-        script = "peers_code.py" if peer else "speed.py"
-        command = [str(python), str(ROOT / "benchmarks" / script), "--worker", self.loop, self.name]
+        self.loop, self.name, self.rates = loop, name, []
+        command = [sys.executable, ROOT / "benchmarks" / "speed.py", "--worker", loop, name]
         command += ["--threads", str(options.threads), "--device", options.device]
-        command += ["--data-path", str(options.data_path)] if options.data_path and not peer else []
-        environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
-        if options.device == "cpu":
-            environment["CUDA_VISIBLE_DEVICES"] = ""  # two of the repositories take a GPU where they see one
+        command += ["--data-path", options.data_path] if options.data_path else []
+        if name == "d3rlpy":
+            command = [options.peers_python, ROOT / "benchmarks" / "peers_code.py", loop, str(options.threads)]
         self.said = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True, env=environment
-        )
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(options.threads)},
+        )  # fmt: skip
 
-    def wait(self) -> None:
-        """Until it is warm, or has ended."""
-        if self.process:
-            try:
-                self.operations = float(self.process.stdout.readline())
-            except ValueError:
-                self.why, self.process = self.last_words(), None
-
-    def last_words(self) -> str:
-        self.process.kill()
+    def answer(self) -> float:
+        """The next number that it prints; the first, when it is warm, is of its operations."""
+        if line := self.process.stdout.readline():
+            return float(line)
         self.process.wait()
         self.said.seek(0)
-        return (self.said.read().strip().splitlines() or ["ended without a word"])[-1]
+        sys.exit(f"error: {self.name}, loop {self.loop}, ended: {self.said.read().strip()}")
 
     def turn(self, seconds: float) -> None:
         self.process.stdin.write(f"{seconds}\n")
         self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        if not answer:
-            sys.exit(f"error: {self.name}, loop {self.loop}, ended: {self.last_words()}")
-        self.rates.append(float(answer))
+        self.rates.append(self.answer())
 
     def end(self) -> None:
         self.process.stdin.close()
@@ -334,26 +303,25 @@ def measure(options: Args) -> dict:
     result = {}
     for loop in options.loops:
         names = ["ours", *(["ours, --compile"] if options.compile and loop[0] in "AB" else []), "plain"]
-        workers = [Worker(loop, name, options) for name in [*names, *PEERS.get(loop, ())]]
-        workers.append(Worker("rate", "simulator" if loop == "E" else "products", options))
-        for worker in workers:
-            worker.wait()
-            if not worker.process and worker.name not in PEERS.get(loop, ()):
-                sys.exit(f"error: {worker.name}, loop {loop}, did not start: {worker.why}")
-            if not worker.process:
-                print(f"{loop}: {worker.name} left out: {worker.why}", file=sys.stderr)
-        here = [worker for worker in workers if worker.process]
+        if loop in "CD" and options.device == "cpu":
+            if options.peers_python.exists():
+                names.append("d3rlpy")
+            else:
+                print(f"{loop}: d3rlpy left out: {options.peers_python} is not there: make peers", file=sys.stderr)
+        names.append("simulator" if loop == "E" else "products")
+        workers = [Worker(loop, name, options) for name in names]
+        operations = [worker.answer() for worker in workers]
         for number in tqdm(range(options.rounds), desc=LOOPS[loop], unit="round", disable=None):
-            for worker in here[:: 1 if number % 2 else -1]:
+            for worker in workers[:: 1 if number % 2 else -1]:
                 worker.turn(options.seconds)
         rows = {}
-        for worker in here:
+        for worker in workers:
             worker.end()
             spread = statistics.quantiles(worker.rates) if len(worker.rates) > 1 else worker.rates * 3
             told = {"rate": statistics.median(worker.rates), "quartiles": [spread[0], spread[2]]}
             rows[worker.name] = told | {"rounds": worker.rates}
-        machine = rows.pop(here[-1].name)["rate"]
-        floor = (1 if loop == "E" else here[0].operations) / machine
+        machine = rows.pop(names[-1])["rate"]
+        floor = (1 if loop == "E" else operations[0]) / machine
         result[loop] = {"contenders": rows, "machine": machine, "floor seconds": floor}
         print(table({loop: result[loop]}), flush=True)
     return result
@@ -413,7 +381,7 @@ def main(options: Args) -> None:
         torch.manual_seed(0)
         loop, name = options.worker
         sys.stdout = sys.stderr
-        if loop == "rate":
+        if name in ("products", "simulator"):
             rate(name, options.device)
         elif name == "plain":
             plain(loop, options)

@@ -6,10 +6,12 @@ been held against its rows. Nothing here imports a D4RL package, and no pickle i
 
 import difflib
 import hashlib
+import http.client
 import os
 import re
 import subprocess
 import sys
+import threading
 import urllib.request
 import warnings
 from contextlib import contextmanager
@@ -36,7 +38,7 @@ D4RL_ON_HUB = dict(repo_id="imone/D4RL", repo_type="dataset", revision="9ed58d8a
 D4RL_ELSEWHERE = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2"
 D4RL_KEYS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
 MINARI_KEYS = ("observations", "actions", "rewards", "terminations", "truncations")
-CONNECT_SECONDS = 2  # without a network it is told at once
+CONNECT_SECONDS = 2  # offline must be told within two seconds
 UNBOUNDED = 1e10  # of an action; some write the largest float for infinity
 LEARNING = ("NormalizeObservation", "NormalizeReward")  # wrappers that change what a policy sees and is paid
 
@@ -234,12 +236,21 @@ def _download(env_id: str, path: Path, way_out: str) -> None:
 
 
 def _answering_hub() -> str:
-    """Hugging Face's hub. OSError if it gives no answer, for which its client would go on asking for minutes."""
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    try:
-        urllib.request.urlopen(hub, timeout=CONNECT_SECONDS).close()
-    except urllib.error.HTTPError:  # an answer too
-        pass
+    """The address of Hugging Face's hub; ConnectionError if it gives no answer within CONNECT_SECONDS."""
+    hub, trouble = os.environ.get("HF_ENDPOINT", "https://huggingface.co"), [f"no answer within {CONNECT_SECONDS} s"]
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(hub, timeout=CONNECT_SECONDS).close()
+            trouble.clear()
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            trouble[:] = [] if isinstance(error, urllib.error.HTTPError) else [one_line(error)]
+
+    thread = threading.Thread(target=ask, daemon=True)  # to look up a name may hang
+    thread.start()
+    thread.join(CONNECT_SECONDS)
+    if trouble:
+        raise ConnectionError(f"{hub}: {trouble[0]}")
     return hub
 
 

@@ -1,6 +1,7 @@
 """The simulator and the score: the environment that a data set names, D4RL's physics, many episodes side by side."""
 
 import copy
+import os
 import reprlib
 import warnings
 from contextlib import contextmanager
@@ -9,10 +10,15 @@ from common import UserError
 from common.files import one_line
 
 import gymnasium as gym
-import mujoco
 import numpy as np
 import torch
 from gymnasium.envs.registration import EnvSpec
+
+_gl = os.environ.pop("MUJOCO_GL", None)  # the OpenGL that it names may not be here, and no score needs one
+import mujoco  # noqa: E402
+
+if _gl is not None:
+    os.environ["MUJOCO_GL"] = _gl
 
 # Returns that count as 0 and 100 [D4RL infos.py]; the same for every data set of a robot.
 REFERENCE_RETURNS = {

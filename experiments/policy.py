@@ -7,7 +7,7 @@
 RUN is the folder of a run of any script here. Its actor acts, or a planner's, which takes minutes. The
 episodes of a start seed begin at seed, seed + 1, ...; the first start seed is that of the run's own evaluations.
 
-The picture is gymnasium's where OpenGL works, else a stick figure of the three robots. It shows at most 10 seconds.
+The picture is a stick figure of D4RL's three robots, else gymnasium's own. It shows at most 10 seconds.
 """
 
 import copy
@@ -29,9 +29,8 @@ import mujoco
 import numpy as np
 import torch
 import tyro
-from gymnasium.envs.mujoco import MujocoEnv
 from PIL import Image, ImageDraw
-from render import View, capsules, choose_renderer, draw_sticks, write_gif
+from render import View, capsules, draw_sticks, write_gif
 from run_folders import load_run
 from tqdm import tqdm
 
@@ -95,14 +94,7 @@ def row(name: str, returns: np.ndarray, evaluator: Evaluator) -> str:
 
 def show(parts: SimpleNamespace, physics: str, seed: int, path: Path) -> None:
     """One episode as a GIF, in real time; the last frame is its end where that lies within the GIF's length."""
-    spec = copy.deepcopy(parts.dataset.spec)
-    robot, sticks = parts.evaluator.envs[0].unwrapped, False
-    if isinstance(robot, MujocoEnv):
-        sticks = choose_renderer("auto") == "sticks"
-        if mujoco.mj_name2id(robot.model, mujoco.mjtObj.mjOBJ_CAMERA, "track") >= 0:
-            spec.kwargs["camera_name"] = "track"  # gymnasium's own choice stays where the episode begins
-    if sticks and not robot_of(spec):
-        raise UserError(f"--gif: no picture of {described(spec)}: the stick figure knows Hopper, Walker2d, HalfCheetah")
+    spec, sticks = copy.deepcopy(parts.dataset.spec), bool(robot_of(parts.dataset.spec))
     spec.kwargs["render_mode"] = None if sticks else "rgb_array"
     evaluator = Evaluator(replace(parts.dataset, spec=spec), physics, 1)
     policy, frames, steps = policy_of(parts, evaluator), [], 0

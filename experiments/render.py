@@ -11,13 +11,10 @@ both sides alike. Nothing is drawn between two states.
 
     python experiments/render.py runs/RUN_FOLDER
     python experiments/render.py runs/RUN_FOLDER --pick worst --out worst.gif
-    python experiments/render.py runs/RUN_FOLDER --rollout 17 4711 --renderer sticks     # needs no OpenGL
+    python experiments/render.py runs/RUN_FOLDER --rollout 17 4711
 """
 
-import importlib
 import math
-import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from io import BytesIO
@@ -44,7 +41,6 @@ BAR_END = 0.5  # standard deviations at the error bar's end
 FINE = 3  # drawn so many times larger, then reduced: smooth edges
 WIDEST = 4.0  # metres in a picture, however far away a state may be imagined
 INK, GREY, RED, BLUE, PAPER = (30, 30, 30), (120, 120, 120), (200, 30, 30), (20, 130, 255), (255, 255, 255)
-TRY_GL = "import mujoco; m = mujoco.MjModel.from_xml_string('<mujoco/>'); mujoco.Renderer(m, 8, 8).render()"
 
 
 @tyro.conf.configure(tyro.conf.PositionalRequiredArgs)
@@ -57,33 +53,9 @@ class Args:
     out: Path | None = None  # default: imagined.gif in the run's folder
     fps: Annotated[float, (0.1, 50)] = 2.5  # states per second; the simulator has 125 (Hopper)
     size: Annotated[int, (32, 1024)] = 256  # pixels of each picture's side
-    renderer: Literal["auto", "gl", "sticks"] = "auto"  # auto: gl where it works
 
 
 # ---- What to show
-
-
-def choose_renderer(asked: str) -> str:
-    """The renderer, "gl" or "sticks", with MUJOCO_GL set to fit. UserError if "gl" is asked for and none works.
-
-    Each OpenGL is tried in a process of its own, since one that fails may spoil the next.
-    """
-    if asked != "sticks":
-        tried = [os.environ["MUJOCO_GL"]] if os.environ.get("MUJOCO_GL") else ["egl", "osmesa", "glfw"]
-        for name in tried:
-            environment = {**os.environ, "MUJOCO_GL": name}
-            if subprocess.run([sys.executable, "-c", TRY_GL], env=environment, capture_output=True).returncode == 0:
-                os.environ["MUJOCO_GL"] = name
-                importlib.reload(mujoco.rendering.classic.gl_context)  # it read the variable when it was imported
-                return "gl"
-        why = (
-            f"no OpenGL renderer works (tried MUJOCO_GL={', '.join(tried)}); on Debian and Ubuntu: apt install libegl1 "
-            "libgl1-mesa-dri for egl, libosmesa6 for osmesa"
-        )
-        if asked == "gl":
-            raise UserError(f"--renderer gl: {why}; or --renderer sticks, which needs none")
-        print(f"note             {why}; drawing sticks instead")
-    return "sticks"
 
 
 @dataclass
@@ -227,27 +199,6 @@ def draw_outline(image: Image.Image, view: View, robot: list[tuple]) -> None:
     image.paste(BLUE, mask=mask)
 
 
-class GL:
-    """MuJoCo's own picture in the view's frame: the camera looks straight across the plane of motion."""
-
-    def __init__(self, model, size: int):
-        # Without shadows and multisampling eight times as fast on a CPU; reducing the picture smooths it as well.
-        model.vis.quality.shadowsize = model.vis.quality.offsamples = 0
-        model.vis.global_.offwidth = model.vis.global_.offheight = size
-        self.renderer, self.camera = mujoco.Renderer(model, size, size), mujoco.MjvCamera()
-        self.camera.azimuth, self.camera.elevation = 90, 0
-        self.half_angle = math.radians(model.vis.global_.fovy / 2)
-
-    def __call__(self, view: View, data) -> Image.Image:
-        self.camera.lookat[:] = view.middle, 0, 0.4 * view.span
-        self.camera.distance = view.span / 2 / math.tan(self.half_angle)
-        self.renderer.update_scene(data, self.camera)
-        image = Image.fromarray(self.renderer.render())
-        floor = view.pixel(0, 0)[1]  # where the plane of motion meets it, which the perspective hides
-        ImageDraw.Draw(image).line((0, floor, view.size, floor), fill=PAPER, width=2)
-        return image
-
-
 class Sheet:
     """A frame: titles, two pictures, and what belongs to this step in words and as a bar."""
 
@@ -313,34 +264,25 @@ class Sheet:
         return sheet
 
 
-def draw_frames(env, renderer: str, size: int, rollouts: list[Rollout], sheet: Sheet) -> list[Image.Image]:
+def draw_frames(env, size: int, rollouts: list[Rollout], sheet: Sheet) -> list[Image.Image]:
     """A frame for every state of every rollout. All have one scale; each rollout has one place of the camera."""
-    model, large = env.model, size * (FINE if renderer == "sticks" else 2)
-    data, gl = mujoco.MjData(model), GL(model, large) if renderer == "gl" else None
-    poses = [[positions(obs, model.nq, env.dt) for obs in rollout.obs] for rollout in rollouts]
-    shapes = [[[capsules(model, data, position) for position in side] for side in sides] for sides in poses]
+    model, data, frames = env.model, mujoco.MjData(env.model), []
+    shapes = [
+        [[capsules(model, data, position) for position in positions(obs, model.nq, env.dt)] for obs in rollout.obs]
+        for rollout in rollouts
+    ]
     boxes = []  # of each rollout: leftmost and rightmost x, highest z
     for sides in shapes:
         ends = np.concatenate([ends for side in sides for robot in side for ends, _, _ in robot])
         boxes.append((ends[:, 0].min(), ends[:, 0].max(), ends[:, 1].max()))
     span = min(max(max(right - left, high / 0.88) for left, right, high in boxes) + 0.2, WIDEST)
-    frames = []
-    bar = tqdm(
-        total=sum(len(rollout.error) for rollout in rollouts), desc=f"draw ({renderer})", unit=" frame", disable=None
-    )
-    for rollout, both, sides, (left, right, _) in zip(rollouts, poses, shapes, boxes, strict=True):
-        view = View(large, span, (left + right) / 2)
-        for step in range(len(rollout.error)):
-            pictures = []
-            for side in (0, 1):
-                if gl:
-                    capsules(model, data, both[side][step])  # sets data
-                picture = gl(view, data) if gl else draw_sticks(view, sides[side][step])
-                draw_outline(picture, view, sides[0][step])
-                pictures.append(picture.reduce(large // size))
-            frames.append(sheet(pictures, rollout, step, env.dt))
-            bar.update()
-    bar.close()
+    for rollout, sides, (left, right, _) in zip(rollouts, shapes, boxes, strict=True):
+        view = View(size * FINE, span, (left + right) / 2)
+        for step, robots in enumerate(zip(*sides, strict=True)):
+            pictures = [draw_sticks(view, robot) for robot in robots]
+            for picture in pictures:
+                draw_outline(picture, view, robots[0])
+            frames.append(sheet([picture.reduce(FINE) for picture in pictures], rollout, step, env.dt))
     return frames
 
 
@@ -367,19 +309,18 @@ def write_gif(path: Path, frames: list[Image.Image], durations: list[int]) -> in
 def main(options: Args) -> None:
     if options.out is not None and options.out.suffix != ".gif":
         raise UserError(f"--out {options.out} must end in .gif")
-    renderer, parts = choose_renderer(options.renderer), load_rollouts(options.run)
+    parts = load_rollouts(options.run)
     stepper = Stepper(parts.dataset, parts.args.physics)
     rollouts, env = choose(options, parts, stepper), stepper.env
     sheet = Sheet(options.size, parts.args.env_id, parts.dataset.healthy_low is not None)
-    frames = draw_frames(env, renderer, options.size, rollouts, sheet)
+    frames = draw_frames(env, options.size, rollouts, sheet)
     hold = round(1000 / options.fps)
     durations = [duration for found in rollouts for duration in (*[hold] * (len(found.error) - 1), 3 * hold)]
     out = options.out or options.run / "imagined.gif"
     size = write_gif(out, frames, durations)
     for found in rollouts:
         print(f"rollout {found.number}: error by step " + " ".join(f"{error:.2f}" for error in found.error[1:]))
-    used = f"gl ({os.environ['MUJOCO_GL']})" if renderer == "gl" else renderer
-    print(f"{out}: {len(frames)} frames, {size / 2**20:.2f} MiB, physics {parts.evaluator.physics}, renderer {used}")
+    print(f"{out}: {len(frames)} frames, {size / 2**20:.2f} MiB, physics {parts.evaluator.physics}")
 
 
 if __name__ == "__main__":

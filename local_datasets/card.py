@@ -16,11 +16,12 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import UserError
 from common.cli import tell
-from common.data import KNOWN, OfflineDataset, load_dataset, minari_root
+from common.data import KNOWN, ROBOTS, OfflineDataset, load_dataset, minari_root
 from common.evaluation import normalized_score
 from common.files import write_text
 from local_datasets import collect
-from local_datasets.train_behavior import BEHAVIOR_DIR, EXPERT_RETURN, SIMULATOR, write_sums
+from local_datasets.collect import BEHAVIOR_DIR, write_sums
+from local_datasets.train_behavior import EXPERT_RETURN
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -61,10 +62,10 @@ Returns are undiscounted, over all episodes, mean ± standard deviation; score i
 ## How they differ from D4RL
 
 - **Size.** {steps} steps per set; D4RL's medium and expert sets have a million, medium-expert two million.
-- **Policies.** One SAC run per robot ([train_behavior.py](train_behavior.py); smaller networks and layer-normalised
-  critics), not D4RL's. Its medium policy is the snapshot most like D4RL's medium set in mean and spread of returns,
-  where possible among those that do at least a tenth better without their noise: cloning D4RL's hopper-medium does that
-  too, but it makes the data's own mean easier to reach. Gait and visited states are others.
+- **Policies.** One SAC run per robot (smaller networks and layer-normalised critics), not D4RL's. Its medium policy is
+  the snapshot most like D4RL's medium set in mean and spread of returns, where possible among those that do at least a
+  tenth better without their noise: cloning D4RL's hopper-medium does that too, but it makes the data's own mean easier
+  to reach. Gait and visited states are others.
 - **medium-replay** is not a replay buffer: equal shares of steps from {replay} snapshots between the start of training
   and the medium policy, without the exploration that changes from step to step.
 - **random** is the run's untrained policy.
@@ -87,9 +88,11 @@ without glibc gives other last digits, which grow within an episode. Such a set 
 
 `behavior/*.safetensors` hold float16 weights; `behavior/SHA256SUMS` lists their hashes, and collect.py refuses others.
 {experts}
-The shipped ones were picked from runs, seed 0, of 470,000 steps for hopper (all it ships is from the first 260,000;
-exported with `--allow-weak-expert`), 255,000 for walker2d and 240,000 for halfcheetah (these two exported with
-`--export-episodes 50`). To make policies again (hours, one core per robot):
+The shipped ones were trained by an SAC of our own (`git show 3bf4306:local_datasets/train_behavior.py`), and picked
+from runs, seed 0, of 470,000 steps for hopper (all it ships is from the first 260,000; exported with
+`--allow-weak-expert`), 255,000 for walker2d and 240,000 for halfcheetah (these two exported with
+`--export-episodes 50`). Today [train_behavior.py](train_behavior.py) trains others of the same kind with
+stable-baselines3's SAC (hours, one core per robot):
 
     python local_datasets/train_behavior.py --robot hopper
     python local_datasets/train_behavior.py --robot hopper --export
@@ -129,7 +132,7 @@ def d4rl_return(env_id: str) -> str:
 
 def draw_returns(datasets: list[OfflineDataset], path: Path) -> None:
     """One histogram per data set: a row per robot, a column per quality, the same return axis along a row."""
-    robots = [robot for robot in SIMULATOR if any(dataset.robot == robot for dataset in datasets)]
+    robots = [robot for robot in ROBOTS if any(dataset.robot == robot for dataset in datasets)]
     qualities = list(collect.POLICIES)
     size = (2.2 * len(qualities), 1.6 * len(robots) + 0.3)
     figure, axes = plt.subplots(len(robots), len(qualities), squeeze=False, sharex="row", figsize=size, dpi=80)

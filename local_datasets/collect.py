@@ -31,17 +31,20 @@ import numpy as np
 import tyro
 from minari.data_collector import EpisodeBuffer
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import UserError
 from common.cli import tell
-from common.data import LOCAL_RECIPE, minari_root
+from common.data import LOCAL_RECIPE, ROBOTS, minari_root
 from common.evaluation import REFERENCE_RETURNS, make_env, quiet
 from common.export import minari_writes_to
-from common.files import locked, sha256_of, sync
-from local_datasets.train_behavior import BEHAVIOR_DIR, POLICY_FORMAT, SIMULATOR, Actor, as_policy, read_sums
+from common.files import locked, sha256_of, sync, write_text, write_whole
 
+BEHAVIOR_DIR = Path(__file__).resolve().parent / "behavior"
+POLICY_FORMAT = 1  # of the shipped files: others are refused
+ACTION_STEP = 2.0**-16  # actions are multiples of it
 # Policies of each quality; each gets an equal share of the steps. replay-* is every replay-0, replay-1, ... shipped.
 POLICIES = {
     "random": ["random"],
@@ -50,7 +53,7 @@ POLICIES = {
     "medium-expert": ["medium", "expert"],
     "expert": ["expert"],
 }
-ENV_IDS = {f"local/{robot}/{quality}-v0": (robot, quality) for robot in SIMULATOR for quality in POLICIES}
+ENV_IDS = {f"local/{robot}/{quality}-v0": (robot, quality) for robot in ROBOTS for quality in POLICIES}
 
 
 @dataclass
@@ -72,11 +75,14 @@ class NotShipped(UserError):
     """A data set whose policies are not there."""
 
 
+# ---- Policies
+
+
 @dataclass
 class Policy:
-    """A shipped policy in float32; facts are its file, sha256, training step and measured return."""
+    """Weights by layer, float16; facts are robot, training step, measured return and, of a shipped one, its sha256."""
 
-    actor: Actor
+    weights: dict[str, np.ndarray]
     facts: dict
 
 
@@ -103,18 +109,64 @@ def _load_policy(path: Path, sha256: str) -> Policy:
             f"{path}: sha256 is {found}, but SHA256SUMS beside it lists {sha256}; restore both files, "
             "or export the policies again with train_behavior.py"
         )
+    policy = read_policy(path)
+    return Policy(policy.weights, {"file": path.name, "sha256": sha256, **policy.facts})
+
+
+def read_policy(path: Path) -> Policy:
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "np") as file:
             facts = json.loads((file.metadata() or {}).get("policy", "{}"))
             weights = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise UserError(f"{path} is no safetensors file ({error}); export it again with train_behavior.py")
     if facts.get("format") != POLICY_FORMAT:
         raise UserError(f"{path} has format {facts.get('format')}, this script reads {POLICY_FORMAT}; export it again")
-    width, obs_dim = weights["trunk.0.weight"].shape
-    actor = Actor(obs_dim, len(weights["head.weight"]) // 2, width)
-    actor.load_state_dict(weights)  # copies float16 into float32
-    return Policy(actor, {"file": path.name, "sha256": sha256, **facts})
+    return Policy(weights, facts)
+
+
+def write_policy(path: Path, policy: Policy) -> None:
+    """All facts stand under one metadata key, since safetensors keeps no order of keys."""
+    content = save(policy.weights, {"policy": json.dumps(policy.facts)})
+    write_whole(path, lambda file: file.write(content))
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """sha256 of every shipped policy, or published data set, by name; empty if there is none."""
+    path = folder / "SHA256SUMS"
+    lines = path.read_text().splitlines() if path.exists() else []
+    try:
+        return {name: sha256 for sha256, name in (line.split() for line in lines)}
+    except ValueError:
+        raise UserError(f"{path} is damaged: each line needs a sha256 and a file name; restore it")
+
+
+def write_sums(folder: Path, sums: dict[str, str]) -> None:
+    write_text(folder / "SHA256SUMS", "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
+
+
+def as_policy(weights: dict[str, np.ndarray], noise_seed: int, deterministic: bool = False):
+    """SAC's squashed Gaussian: obs [..., obs_dim] -> action [..., action_dim] float32, the same on every x86 CPU.
+
+    CPUs differ in the last digits of products, exp and tanh, in float64 by 1e-16 on average: rounded to ACTION_STEP,
+    about one number in 1e11 still differs. Normal noise comes from integers and a table.
+    """
+    layers = [f"{layer}.{kind}" for layer in ("trunk.0", "trunk.2", "head") for kind in ("weight", "bias")]
+    w1, b1, w2, b2, w3, b3 = (weights[name].T.astype(np.float64) for name in layers)
+    noise = np.random.default_rng((1, noise_seed))  # not the numbers of a simulator with this seed
+
+    def policy(obs: np.ndarray) -> np.ndarray:
+        x = np.maximum(obs.astype(np.float64) @ w1 + b1, 0)
+        head = np.maximum(x @ w2 + b2, 0) @ w3 + b3
+        mean, log_std = head[..., : len(b3) // 2], head[..., len(b3) // 2 :]
+        if not deterministic:
+            mean = mean + np.exp(log_std.clip(-20, 2)) * noise.standard_normal(mean.shape)
+        return (np.rint(np.tanh(mean) / ACTION_STEP) * ACTION_STEP).astype(np.float32)
+
+    return policy
+
+
+# ---- Episodes
 
 
 def roll_out(policies: list[Policy], env: gym.Env, steps: int, seed: int, progress: tqdm) -> list[EpisodeBuffer]:
@@ -123,7 +175,7 @@ def roll_out(policies: list[Policy], env: gym.Env, steps: int, seed: int, progre
     for index, policy in enumerate(policies):
         left = (index + 1) * steps // len(policies) - index * steps // len(policies)
         episode_seed = (100 * (seed + 1) + index) * 1_000_000  # no two episodes of a data set share one
-        act = as_policy(policy.actor, noise_seed=episode_seed)
+        act = as_policy(policy.weights, noise_seed=episode_seed)
         while left > 0:
             buffers.append(run_episode(act, env, episode_seed, min(left, env.spec.max_episode_steps)))
             episode_seed += 1
@@ -188,7 +240,7 @@ def compare(env_id: str, sha256: str, published: Path) -> None:
 def make(args: Args, recipe: dict, policies: list[Policy], folder: Path, work: Path) -> None:
     """Roll out, write under the Minari root `work`, and put the finished folder in place with a rename."""
     robot, quality = ENV_IDS[args.env_id]
-    env = make_env(SIMULATOR[robot], "d4rl")
+    env = make_env(ROBOTS[robot], "d4rl")
     with tqdm(total=args.steps, desc=args.env_id, unit="step", disable=None) as progress:
         buffers = roll_out(policies, env, args.steps, args.seed, progress)
     with minari_writes_to(work), quiet():  # Minari makes the environment anew
@@ -201,7 +253,7 @@ def make(args: Args, recipe: dict, policies: list[Policy], folder: Path, work: P
             algorithm_name="SAC",
             ref_min_score=REFERENCE_RETURNS[robot][0],
             ref_max_score=REFERENCE_RETURNS[robot][1],
-            description=f"{robot} {quality}: SAC policies in {SIMULATOR[robot]} with D4RL's capsule masses, made by "
+            description=f"{robot} {quality}: SAC policies in {ROBOTS[robot]} with D4RL's capsule masses, made by "
             "local_datasets/collect.py after D4RL's recipe. Not D4RL data.",
             data_format="hdf5",
         ).storage.update_metadata(recipe | {"sha256": digest(buffers)})

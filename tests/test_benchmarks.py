@@ -63,7 +63,7 @@ def test_every_contender_acts(monkeypatch):
 
 
 def test_the_table_of_scores_by_hand(tmp_path, capsys):
-    """Two seeds with finals 40 and 60 and curves of mean 30 and 50; d3rlpy's lines; a picture."""
+    """Two seeds with finals 40 and 60 and curves of mean 30 and 50; d3rlpy's lines."""
     args = dict(exp_name="a", run_dir="x", eval_every=10)
     data = dict(env_id="e", robot="hopper", mean_return=1607.01385, fingerprint="f")  # half of D4RL's range
     for seed, scores in ((0, [20.0, 40.0]), (1, [40.0, 60.0])):
@@ -75,12 +75,12 @@ def test_the_table_of_scores_by_hand(tmp_path, capsys):
         (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     peer = dict(library="d3rlpy 1", algorithm="iql", seed=3, scores=[1, 2], seconds=120)
     (tmp_path / "peers.jsonl").write_text(json.dumps(peer) + "\n")
-    table.main(tmp_path, tmp_path / "curves.png")
+    table.main(tmp_path)
     text = capsys.readouterr().out
     assert "| a | 0, 1 | 50.0 ± 14.1 | 40.0 ± 14.1 | 1.0 |\n| d3rlpy 1 iql | 3 | 2.0 | 1.5 | 2.0 |" in text
-    assert "The mean return of e itself: 50.0" in text and (tmp_path / "curves.png").stat().st_size > 5000
+    assert "The mean return of e itself: 50.0" in text
     with pytest.raises(UserError, match="no finished run in"):
-        table.main(tmp_path / "0", None)
+        table.main(tmp_path / "0")
 
 
 def test_columns_are_replaced_by_what_the_simulator_does(toy, tmp_path, capsys):

@@ -6,22 +6,21 @@ import platform
 import signal
 import subprocess
 import sys
-import time
-from dataclasses import replace
 from pathlib import Path
 
 from common import UserError, data
 from common.cli import tell
 from common.evaluation import make_env
+from common.files import sha256_of
 from local_datasets import card, collect, train_behavior
-from local_datasets.collect import Args
-from local_datasets.train_behavior import Actor, Candidate, choose_medium
+from local_datasets.collect import ACTION_STEP, Args, Policy, as_policy, read_policy, write_policy
+from local_datasets.train_behavior import NETWORKS, choose_medium, weights_of
 
 import minari
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from torch import nn
 from toy import ROOT, child
 
 HOPPER = "local/hopper/medium-v0"
@@ -29,22 +28,33 @@ FIRST_SEED = 100_000_000  # roll_out: (100 * (seed + 1) + index of the policy) *
 SIZES = {"hopper": (11, 3), "halfcheetah": (17, 6)}  # obs_dim, action_dim
 
 
+class Actor(nn.Module):
+    """What a shipped file is made of, under the names of stable-baselines3's actor."""
+
+    def __init__(self, obs_dim: int, action_dim: int, width: int = 8):
+        super().__init__()
+        self.latent_pi = nn.Sequential(nn.Linear(obs_dim, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
+        self.mu, self.log_std = nn.Linear(width, action_dim), nn.Linear(width, action_dim)
+
+
+def untrained(robot: str, step: int, mean: float = 20.0, std: float = 5.0, without_noise: float = 20.0) -> Policy:
+    """A policy of width 8 that is said to have these returns."""
+    torch.manual_seed(step)
+    facts = {"format": 1, "robot": robot, "training_step": step, "training_seed": 0, "episodes": 1}
+    facts |= {"mean_return": mean, "std_return": std, "deterministic_mean_return": without_noise}
+    return Policy(weights_of(Actor(*SIZES[robot])), facts)
+
+
 @pytest.fixture
 def made_up(folders, monkeypatch):
-    """A folder for data sets, with untrained policies of width 8 beside it; MuJoCo's log goes there too."""
+    """A folder for data sets, with untrained policies beside it; MuJoCo's log goes there too."""
     monkeypatch.chdir(folders)
     behavior = folders / "behavior"
     behavior.mkdir()
-    sums = {}
     names = [f"hopper-{name}" for name in ("random", "medium", "expert", "replay-0", "replay-1", "replay-2")]
     for step, name in enumerate([*names, "halfcheetah-medium"]):
-        torch.manual_seed(step)
-        robot = name.split("-")[0]
-        weights = {key: tensor.half() for key, tensor in Actor(*SIZES[robot], 8).state_dict().items()}
-        content = Candidate(1000 * step, weights, 20.0, 5.0, 20.0).packed(robot, seed=0, episodes=1)
-        (behavior / f"{name}.safetensors").write_bytes(content)
-        sums[f"{name}.safetensors"] = hashlib.sha256(content).hexdigest()
-    train_behavior.write_sums(behavior, sums)
+        write_policy(behavior / f"{name}.safetensors", untrained(name.split("-")[0], 1000 * step))
+    collect.write_sums(behavior, {path.name: sha256_of(path) for path in behavior.iterdir()})
     return folders
 
 
@@ -108,16 +118,19 @@ def test_rows_are_what_the_simulator_does(made_up):
             assert episode.rewards[row] == np.float32(reward) and episode.terminations[row] == terminated
 
 
-def test_the_recorded_policy_is_the_trained_actor():
-    actor, obs = Actor(11, 3, 8), torch.randn(100, 11)
-    near = {"rtol": 0, "atol": 2 * train_behavior.ACTION_STEP}
-    action = train_behavior.as_policy(actor, 5, deterministic=True)(obs.numpy())
-    np.testing.assert_allclose(action, actor(obs, deterministic=True)[0].detach(), **near)
-    assert (action / train_behavior.ACTION_STEP % 1 == 0).all()
-    mean, log_std = actor.head(actor.trunk(obs)).detach().chunk(2, dim=-1)
-    noise = torch.from_numpy(np.random.default_rng((1, 5)).standard_normal((100, 3)))
-    sampled = train_behavior.as_policy(actor, 5)(obs.numpy())
-    np.testing.assert_allclose(sampled, torch.tanh(mean + log_std.exp() * noise), **near)
+def test_the_recorded_policy_is_the_squashed_gaussian_of_its_actor():
+    """By hand, in float64, with the numbers of the noise's own stream."""
+    obs, noise = np.random.default_rng(0).normal(size=(100, 11)), np.random.default_rng((1, 5)).normal(size=(100, 3))
+    actor = Actor(11, 3).half().double()  # as a file holds it
+    weights = weights_of(actor)
+    with torch.no_grad():
+        hidden = actor.latent_pi(torch.from_numpy(obs))
+        mean, std = actor.mu(hidden).numpy(), actor.log_std(hidden).clamp(-20, 2).exp().numpy()
+    near = {"rtol": 0, "atol": ACTION_STEP}
+    found = as_policy(weights, 5, deterministic=True)(obs)
+    np.testing.assert_allclose(found, np.tanh(mean), **near)
+    assert (found / ACTION_STEP % 1 == 0).all()
+    np.testing.assert_allclose(as_policy(weights, 5)(obs), np.tanh(mean + std * noise), **near)
 
 
 def test_replay_takes_equal_shares_in_training_order(made_up):
@@ -253,81 +266,95 @@ def test_bad_flags(made_up, flags, message):
 # ---- Training and export
 
 
-def train(folder: Path, checkpoint_every: float) -> None:
-    args = train_behavior.Args(total_steps=600, snapshot_every=200, learning_starts=100, eval_episodes=2, batch_size=8)
-    args.actor_width = args.critic_width = 8
-    args.folder, args.checkpoint_every = folder, checkpoint_every
+def test_the_library_s_actor_acts_as_the_recorded_policy():
+    from stable_baselines3 import SAC
+
+    model = SAC("MlpPolicy", make_env("Hopper-v4", "d4rl"), policy_kwargs={"net_arch": NETWORKS}, buffer_size=1)
+    model.actor.half().float()
+    obs = np.random.default_rng(0).normal(size=(100, 11)).astype(np.float32)
+    theirs = model.predict(obs, deterministic=True)[0]
+    np.testing.assert_allclose(as_policy(weights_of(model.actor), 0, True)(obs), theirs, rtol=0, atol=2 * ACTION_STEP)
+
+
+def test_a_training_that_was_stopped_goes_on(folders, monkeypatch, capsys):
+    """With networks and buffer as they were, in a new episode."""
+    from stable_baselines3 import SAC
+
+    monkeypatch.chdir(folders)
+    measured, signals = train_behavior.measured, [signal.SIGTERM]
+
+    def stopped(policy, evaluator, seed):
+        if policy.facts["training_step"] == 200 and signals:
+            os.kill(os.getpid(), signals.pop())
+        return measured(policy, evaluator, seed)
+
+    monkeypatch.setattr(train_behavior, "measured", stopped)
+    args = train_behavior.Args(total_steps=300, snapshot_every=100, eval_episodes=1, folder=folders, seed=3)
+    with pytest.raises(SystemExit) as stop:
+        tell(lambda: train_behavior.main(args))
+    assert stop.value.code == 75 and "stopped by SIGTERM at step 200" in capsys.readouterr().err
     tell(lambda: train_behavior.main(args))
-
-
-@pytest.mark.parametrize(
-    ("number", "code", "checkpoint_every"), [(signal.SIGKILL, -signal.SIGKILL, 0), (signal.SIGTERM, 75, 1000)]
-)
-def test_an_interrupted_training_ends_with_the_same_policies(tmp_path, number, code, checkpoint_every):
-    """Killed, or stopped in mid-episode with a checkpoint of its own: the same files to the byte."""
-
-    def start(name: str, log: str):
-        return child(train, tmp_path / name, checkpoint_every, log=tmp_path / log)
-
-    whole, stopped = start("whole", "whole.log"), start("stopped", "stopped.log")
-    while not (tmp_path / "stopped" / "hopper" / "snapshots" / "0000200.safetensors").exists():
-        time.sleep(0.001)
-    os.kill(stopped.pid, number)
-    stopped.join()
-    assert stopped.exitcode == code, (tmp_path / "stopped.log").read_text()
-    again = start("stopped", "again.log")
-    again.join(), whole.join()
-    assert again.exitcode == whole.exitcode == 0 and "resumed" in (tmp_path / "again.log").read_text()
-    for name in ("snapshots.csv", *(f"snapshots/{step:07d}.safetensors" for step in (200, 400, 600))):
-        one, other = (tmp_path / run / "hopper" / name for run in ("whole", "stopped"))
-        assert one.read_bytes() == other.read_bytes(), name
+    assert "goes on at step 200" in capsys.readouterr().out
+    model = SAC.load(folders / "hopper-3" / "checkpoint.zip")
+    model.load_replay_buffer(folders / "hopper-3" / "replay.pkl")
+    assert (model.num_timesteps, model.replay_buffer.size()) == (300, 299)  # the signal's own step is not in it
+    policies = [read_policy(path) for path in sorted((folders / "hopper-3").glob("*.safetensors"))]
+    assert [policy.facts["training_step"] for policy in policies] == [0, 100, 200, 300]
+    assert all((policy.facts["robot"], policy.facts["training_seed"]) == ("hopper", 3) for policy in policies)
+    first, *_, last = (policy.weights["head.weight"] for policy in policies)
+    assert first.shape == (6, 128) and (first != last).any()
 
 
 def test_export(folders, monkeypatch, capsys):
-    """From a run whose log claims these returns at steps 5,000, 10,000, ..."""
-    monkeypatch.chdir(folders)
-    args = train_behavior.Args(export=True, folder=folders / "run", behavior_dir=folders / "behavior", seed=5)
-    args.actor_width, args.export_episodes, args.replay_snapshots = 8, 1, 3
-    with pytest.raises(UserError, match="lists no snapshot; train first"):
+    """From a run whose snapshots claim these returns at steps 0, 5,000, 10,000, ..."""
+    args = train_behavior.Args(export=True, folder=folders / "run", behavior_dir=folders / "behavior")
+    args.replay_snapshots, args.export_episodes = 3, 1
+    with pytest.raises(UserError, match="holds no snapshot; train first"):
         train_behavior.main(args)
-    claimed = {5000 * i: mean for i, mean in enumerate((20.0, 10.0, 300.0, 800.0, 1300.0, 1500.0, 2000.0, 3300.0))}
-    run = args.folder / "hopper"
-    (run / "snapshots").mkdir(parents=True)
-    for step in list(claimed)[1:]:
-        save_file(Actor(*SIZES["hopper"], 8).state_dict(), train_behavior._snapshot_path(run, step))
-    train_behavior._write_log(run / "snapshots.csv", {step: (claimed[step], 0.0) for step in list(claimed)[1:]})
-    measure = train_behavior._measure
+    run = args.folder / "hopper-0"
+    run.mkdir(parents=True)
 
-    def measured(args, evaluator, folder, step):  # its weights, but the return that the log claims
-        return replace(measure(args, evaluator, folder, step), mean=claimed[step], deterministic_mean=claimed[step])
+    def claim(step: int, mean: float) -> None:
+        write_policy(run / f"{step:07d}.safetensors", untrained("hopper", step, mean, 0.0, mean))
+
+    for number, mean in enumerate((20.0, 10.0, 300.0, 800.0, 1300.0, 1500.0, 2000.0, 3300.0)):
+        claim(5000 * number, mean)
 
     def shipped() -> dict[str, int]:
-        sums = train_behavior.read_sums(args.behavior_dir)
+        sums = collect.read_sums(args.behavior_dir)
         assert set(sums) == {path.name for path in args.behavior_dir.glob("*.safetensors")}
         policies = [collect._load_policy(args.behavior_dir / name, sha) for name, sha in sums.items()]
         return {policy.facts["file"][7:-12]: policy.facts["training_step"] for policy in policies}
 
-    monkeypatch.setattr(train_behavior, "_measure", measured)
+    monkeypatch.setattr(train_behavior, "measured", lambda policy, evaluator, seed: policy)  # is what it claims
     train_behavior.main(args)
     # Medium is 1500 at step 25,000: of all, it is closest to D4RL's 1422. Replay is the first, the middle and the last
     # of the snapshots from 5,000 to 25,000.
     others = {"random": 0, "medium": 25_000, "replay-0": 5000, "replay-1": 15_000, "replay-2": 25_000}
     assert shipped() == others | {"expert": 35_000}
-    torch.manual_seed(5)  # the run's seed: its untrained actor, rounded
-    actor = train_behavior.Trainer(args, *SIZES["hopper"]).actor.state_dict()
-    for name, weight in load_file(args.behavior_dir / "hopper-random.safetensors").items():
-        assert weight.dtype == torch.float16 and torch.equal(weight, actor[name].half())
-    claimed[35_000] = 2999.0  # EXPERT_RETURN is 3000
+    claim(35_000, 2999.0)  # EXPERT_RETURN is 3000
     train_behavior.main(args)
     assert "no expert: the best policy has 2999" in capsys.readouterr().out and shipped() == others
-    claimed[30_000], claimed[25_000], args.expert_only = 3100.0, 0.0, True  # the medium one stays what it was
+    args.allow_weak_expert = True
     train_behavior.main(args)
-    assert shipped() == others | {"expert": 30_000}
+    assert shipped() == others | {"expert": 35_000}
+
+
+def test_measured_returns_are_those_of_the_shipped_weights(folders, monkeypatch):
+    """One episode in which the untrained policy falls: its return is that of collect.py's own loop."""
+    monkeypatch.chdir(folders)
+    policy = untrained("hopper", 7)
+    facts = train_behavior.measured(policy, train_behavior.evaluator_of("hopper", 1), seed=30).facts
+    env = make_env("Hopper-v4", "d4rl")
+    for name, noise in (("mean_return", True), ("deterministic_mean_return", False)):
+        episode = collect.run_episode(as_policy(policy.weights, 7, not noise), env, 30, 1000)
+        assert facts[name] == pytest.approx(episode.rewards.sum(dtype=float), abs=0.06)  # told to one digit
+    assert facts["episodes"] == 1 and facts["std_return"] == 0
 
 
 def test_medium_prefers_the_spread_of_d4rl():
     returns = ((1422, 1400, 1700), (1450, 300, 1700), (1600, 379, 1900), (1422, 379, 1000))  # mean, std, without noise
-    falls_or_walks, hops, far, saved_by_noise = (Candidate(0, {}, *found) for found in returns)
+    falls_or_walks, hops, far, saved_by_noise = (untrained("hopper", 0, *found) for found in returns)
     assert choose_medium([falls_or_walks, hops, far, saved_by_noise], 1422.06, 378.95) is hops
     assert choose_medium([far], 1422.06, 378.95) is far
     assert choose_medium([saved_by_noise], 1422.06, 378.95) is saved_by_noise
@@ -348,4 +375,4 @@ def test_card_states_what_the_data_say(made_up):
     assert "local/walker2d/medium-v0" in text.split("Not shipped")[1]
     assert (output / "returns.png").read_bytes().startswith(b"\x89PNG")
     assert "| 1k |" in row
-    assert train_behavior.read_sums(output)[HOPPER] == sha256()
+    assert collect.read_sums(output)[HOPPER] == sha256()
