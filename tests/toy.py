@@ -39,7 +39,8 @@ SCRIPTS = {
     "baselines.diamond": TOY_AGENT
     + "--world-model-steps 12 --mlp-width 16 --reward-model-steps 20 --imagination-horizon 3".split()
     + "--imagined-rollouts 8 --kept-rollouts 40".split(),
-    "baselines.diffuser": TOY_PLANNER + "--value-steps 20 --unet-width 16 --plans 2".split(),
+    # After 12 updates its Hopper stands for a hundred plans.
+    "baselines.diffuser": TOY_PLANNER + "--world-model-steps 30 --value-steps 20 --unet-width 16 --plans 2".split(),
     "baselines.diffusion_mpc": TOY_PLANNER
     + "--transformer-layers 1 --transformer-width 8 --attention-width 8 --mlp-width 8 --candidates 2".split(),
     "baselines.one_step": TOY_AGENT + TOY_ROLLOUTS + "--world-model-steps 12 --ensemble-width 16".split(),
