@@ -1,6 +1,7 @@
 """One thread, a warm process for the children, and the folders that tests share or have for themselves."""
 
 import os
+import re
 import sys
 from multiprocessing import forkserver
 from pathlib import Path
@@ -9,12 +10,18 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before numpy and torch are imported, here
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = map(str, (ROOT, ROOT / "experiments", ROOT / "benchmarks"))
 
+from common.files import locked  # noqa: E402
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from toy import SCRIPTS, hopper_arguments, hopper_run  # noqa: E402
 
 os.chdir(ROOT)  # where the scripts lie that the children's warm process imports
-forkserver.ensure_running()
+
+
+def pytest_sessionstart(session):
+    if not session.config.getoption("numprocesses", None):  # pytest -n: in each worker, not in what hands out the tests
+        forkserver.ensure_running()
 
 
 def pytest_addoption(parser):
@@ -44,24 +51,28 @@ def folders(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
-    """A folder with toy Hopper data and kept stages, shared by all tests that run a script on them unchanged."""
-    folder = tmp_path_factory.mktemp("toy")
-    hopper_arguments(folder)
+    """A folder with toy Hopper data and kept stages, shared by all tests that run a script on them unchanged, and by
+    all workers of pytest -n.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "toy"
+    folder.mkdir(exist_ok=True)
+    with locked(folder / "data"):
+        hopper_arguments(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def made(toy):
     """made(module, *options): the folder of a script's toy run, and what it printed; made once, for all tests."""
-    runs = {}
 
     def made(module: str, *options: str) -> tuple[Path, str]:
-        if (module, options) not in runs:
-            name = f"made-{len(runs)}"
-            text = hopper_run(module, toy, *SCRIPTS[module], *options, "--exp-name", name)
-            (folder,) = (toy / "runs").glob(f"*__{name}__*")
-            runs[module, options] = folder, text
-        return runs[module, options]
+        printed = toy / " ".join([module, *options])
+        with locked(printed):
+            if not printed.exists():
+                printed.write_text(hopper_run(module, toy, *SCRIPTS[module], *options))
+        text = printed.read_text()
+        return Path(re.search(r"^folder +(.+)$", text, re.M)[1]), text
 
     return made
 

@@ -102,14 +102,14 @@ def test_columns_are_replaced_by_what_the_simulator_does(toy, tmp_path, capsys):
 def test_a_training_of_the_run_s_own_length_errs_as_the_run_s_model(toy, tmp_path):
     hopper_run("dawm_td3bc", toy, *TOY, "--horizon", "3", "--exp-name", "looked-at")
     folder = next((toy / "runs").glob("*__looked-at__*"))
-    training_time.main(training_time.Args(runs=(folder,), updates=(10, 30), pairs=100, out=tmp_path))
+    training_time.main(training_time.Args(runs=(folder,), updates=(10, 12), pairs=100, out=tmp_path))
     made = {finished_run(path).content["args"]["world_model_steps"]: path for path in tmp_path.glob("*__looked-at__*")}
     errors = {n: {k: v[-1] for k, v in finished_run(path).metrics.items() if "audit" in k} for n, path in made.items()}
-    parts = true_dynamics.load_rollouts(folder)  # whose world model had 30 updates
-    assert errors[30] == training_time.errors(parts, parts.world_model, 100) != errors[10]
+    parts = true_dynamics.load_rollouts(folder)  # whose world model had 12 updates
+    assert errors[12] == training_time.errors(parts, parts.world_model, 100) != errors[6]
     training_time.main(training_time.Args(runs=tuple(made.values()), plot=True, out=tmp_path))
     assert (tmp_path / "training_time.png").stat().st_size > 5000
-    assert "to watch it" not in (made[30] / "summary.txt").read_text()  # it has no agent
+    assert "to watch it" not in (made[12] / "summary.txt").read_text()  # it has no agent
     with pytest.raises(UserError, match="2 runs given"):
         training_time.main(training_time.Args(runs=tuple(made.values())))
     with pytest.raises(UserError, match="was not made by this command"):

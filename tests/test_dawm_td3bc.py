@@ -14,7 +14,7 @@ from common import UserError
 import numpy as np
 import pytest
 import torch
-from toy import ROOT, TINY, TOY, hopper_arguments, in_default_dtype, linear_dataset, load_elsewhere, new_run
+from toy import ROOT, TINY, TOY, hopper_arguments, in_default_dtype, linear_dataset, new_run
 
 CPU = torch.device("cpu")
 
@@ -221,13 +221,12 @@ def test_guidance(double, scale):
     assert (sampled[:, 1:] - expected).abs().max() < 1e-9
 
 
-@pytest.mark.parametrize("loss", ["noise", "x0"])
-def test_the_world_model_learns_known_dynamics(tmp_path, loss):
+def test_the_world_model_learns_known_dynamics(tmp_path):
     """After one real action s' = 0.9 s + 0.3 a is certain. Three seeds err by 0.017 to 0.028 deviations of the states;
     windows of states erred by 0.10 to 0.19 after as many updates (commit 912e1d5).
     """
     changes = dict(world_model_steps=300, world_model_lr=3e-3, ema_decay=0.9, ema_start=0, model_horizon=2, horizon=2)
-    args, windows = windows_of(linear_dataset(episodes=100), loss=loss, **changes)
+    args, windows = windows_of(linear_dataset(episodes=100), **changes)
     model = script.train_world_model(args, windows, new_run(tmp_path))
     index = torch.arange(0, 2000, 7)
     obs, action = windows.obs[windows.start[index]], windows.action[index]
@@ -241,7 +240,7 @@ def test_the_world_model_learns_known_dynamics(tmp_path, loss):
 
 def test_inverse_dynamics_learns_the_known_inverse(tmp_path):
     args, windows = windows_of(
-        linear_dataset(episodes=100), idm_steps=500, idm_batch_size=256, idm_width=64, idm_lr=3e-3
+        linear_dataset(episodes=100), idm_steps=330, idm_batch_size=256, idm_width=64, idm_lr=3e-3
     )
     inverse_dynamics = script.train_inverse_dynamics(args, windows, new_run(tmp_path))
     row = windows.start[1:20]
@@ -412,7 +411,7 @@ def test_online_updates_follow_algorithm_2(tmp_path, monkeypatch):
 # ---- The command line
 
 
-def test_from_the_command_line_to_a_run_that_is_loaded_in_another_process(toy):
+def test_from_the_command_line_to_a_run_of_its_own(toy):
     arguments = map(str, hopper_arguments(toy, *TOY, "--exp-name", "alone"))
     result = subprocess.run([sys.executable, "dawm_td3bc.py", *arguments], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
@@ -422,7 +421,6 @@ def test_from_the_command_line_to_a_run_that_is_loaded_in_another_process(toy):
     assert files <= {path.name for path in folder.iterdir()}
     facts = json.loads((folder / "args.json").read_text())
     assert facts["data"]["sha256"] and facts["versions"]["torch"] and facts["args"]["unet_width"] == 8
-    load_elsewhere("dawm_td3bc", folder, toy / "loaded")
 
 
 def test_a_loaded_run_imagines_again_what_it_kept(made):
@@ -431,11 +429,6 @@ def test_a_loaded_run_imagines_again_what_it_kept(made):
     pairs = torch.randperm(len(parts.windows.action))[: parts.args.synthesis_batch_size]
     for kept, again in zip(parts.rollouts.values(), parts.complete(pairs), strict=True):
         assert torch.equal(again, kept[: len(pairs)])
-
-
-def test_the_control_says_what_it_leaves_out(made):
-    text = made("dawm_td3bc", "--synthetic-fraction", "0")[1]
-    assert "no world model, no inverse dynamics, the agent on the real data" in text
 
 
 def test_help_tells_the_method(monkeypatch, capsys):

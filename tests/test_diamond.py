@@ -118,8 +118,8 @@ def test_the_loss_is_reinforce_with_a_baseline():
 def test_the_linear_system_is_learned_and_the_actor_pushes_where_the_reward_is(monkeypatch):
     """s' = 0.9 s + 0.3 a and reward s_0, with which the first action alone pays."""
     args = Args(
-        history=2, world_model_steps=400, world_model_batch_size=64, world_model_lr=3e-3, mlp_width=64, mlp_depth=2,
-        reward_model_steps=200, reward_model_lr=3e-3, imagined_rollouts=32, imagination_horizon=5, agent_updates=60,
+        history=2, world_model_steps=280, world_model_batch_size=64, world_model_lr=3e-3, mlp_width=64, mlp_depth=2,
+        reward_model_steps=140, reward_model_lr=3e-3, imagined_rollouts=32, imagination_horizon=5, agent_updates=50,
         agent_lr=3e-3, gamma=0.9,
     )  # fmt: skip
     run, histories = Training(), Histories(args, linear_dataset(), CPU)

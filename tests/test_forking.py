@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 
 import dawm_td3bc as home
 from common import UserError, export
@@ -12,7 +13,8 @@ from common.stages import stage_source
 
 import pytest
 import torch
-from mark_copies import definitions, marked
+from mark_copies import marked
+from test_source import copy_faults, marked_definitions
 from toy import ROOT, TINY, TOY, hopper_arguments, linear_dataset, run
 
 GUIDE = (ROOT / "docs" / "forking.md").read_text()
@@ -87,21 +89,11 @@ def test_the_penalty_of_the_rebrac_fork_by_hand(rebrac):
     torch.testing.assert_close(free - penalised, 0.99 * (1 - terminated) * 0.5 * distance, rtol=1e-12, atol=1e-14)
 
 
-def test_markers_are_written_as_the_rule_wants_them(guide):
+@pytest.mark.parametrize("fork", ["rebrac.py", "transformer.py"])
+def test_markers_are_written_as_the_rule_wants_them(fork, guide):
     folder, _ = guide
-    theirs = definitions(HOME)
-    for fork, new in (("rebrac", set()), ("transformer", {"Transformer"})):
-        text = (folder / f"{fork}.py").read_text()
-        lines, mine = text.splitlines(), definitions(text)
-        assert set(mine) - set(theirs) == new and len(mine) > 30
-        for name, (first, source) in mine.items():
-            above = lines[first - 1]
-            if name in new:
-                assert not above
-            elif source == theirs[name][1]:
-                assert above == "# Copied from dawm_td3bc.py"
-            else:
-                assert above == "# Adapted from dawm_td3bc.py: FILL IN what differs"
+    scripts = {name: marked_definitions(folder / name) for name in ("dawm_td3bc.py", fork)}
+    assert copy_faults(scripts) == [] and scripts["dawm_td3bc.py"].keys() <= scripts[fork].keys()
 
 
 def test_markers_that_stand_there_are_brought_up_to_date():
@@ -113,6 +105,12 @@ def test_markers_that_stand_there_are_brought_up_to_date():
         "# A note\n# Copied from x.py\n@d\ndef c(): 1\n\ndef new(): 3\n"
     )
     assert marked(text, homes) == text
+
+
+@cache
+def stage_sources(script) -> list:
+    names = "train_world_model", "train_inverse_dynamics", "synthesize"
+    return [stage_source(getattr(script, name)) for name in names]
 
 
 @pytest.mark.parametrize(
@@ -137,7 +135,6 @@ def test_the_guide_tells_which_stages_an_edit_makes_anew(old, new, changed, tmp_
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "edited_fork", raising=False)
     fork = importlib.import_module("edited_fork")
-    names = "train_world_model", "train_inverse_dynamics", "synthesize"
-    pairs = [(stage_source(getattr(home, name)), stage_source(getattr(fork, name))) for name in names]
+    pairs = zip(stage_sources(home), stage_sources(fork), strict=True)
     assert [i for i, (before, after) in enumerate(pairs) if before != after] == changed
-    assert "idm_width" in pairs[1][0][1]
+    assert "idm_width" in stage_sources(home)[1][1]

@@ -84,7 +84,7 @@ def test_generated_actions_explain_the_generated_states():
 
     Their ratio is 0.3 to 0.55 (six seeds), and 1 where the tokens hold the action of the step before.
     """
-    args = script.Args(**TINY, world_model_steps=350, world_model_lr=0.01, ema_decay=0.9, ema_start=0, model_horizon=2)
+    args = script.Args(**TINY, world_model_steps=260, world_model_lr=0.01, ema_decay=0.9, ema_start=0, model_horizon=2)
     windows = script.Windows(args, linear_dataset(episodes=100), torch.device("cpu"))
     world_model = script.train_world_model(args, windows, Training())
     index = torch.arange(0, 2000, 3)

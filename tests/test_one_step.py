@@ -74,7 +74,7 @@ def test_rollouts_obey_the_linear_system():
     """Whoever acts, where an episode ends with the next s_0 above 0.5. Errors of single steps, where an action moves
     the state by 0.15 on average.
     """
-    args = Args(world_model_steps=300, world_model_lr=5e-3, world_model_batch_size=128, log_every=50, horizon=3)
+    args = Args(world_model_steps=200, world_model_lr=5e-3, world_model_batch_size=128, log_every=50, horizon=3)
     args.ensemble_size, args.ensemble_width, args.ensemble_layers = 2, 32, 3
     dataset = linear_dataset(episodes=100)
     windows = Windows(replace(dataset, terminated=dataset.next_obs[:, 0] > 0.5), CPU)

@@ -1,4 +1,4 @@
-"""A task that is no robot of D4RL: negative returns, actions in [-2, 2] or behind a wrapper; every script on it."""
+"""A task that is no robot of D4RL: negative returns, one action in [-2, 2] or behind a wrapper; every script on it."""
 
 import importlib
 import os
@@ -20,19 +20,19 @@ from toy import SCRIPTS, child, folders_below, metrics, run
 ACTORS = ("dawm_td3bc", "dawm_iql", "baselines.polygrad", "baselines.diamond")  # one script for each kind of actor
 
 
-def record(env: gym.Env, name: str) -> None:
+def record(env: gym.Env, name: str, steps: int = 50) -> None:
     """20 episodes of random actions, in the set MINARI_DATASETS_PATH/name."""
     buffers, rng = [], np.random.default_rng(0)
     for episode in range(20):
         obs, action, reward = [env.reset(seed=episode)[0]], [], []
-        for _ in range(50):
+        for _ in range(steps):
             action.append(rng.uniform(env.action_space.low, env.action_space.high).astype(np.float32))
             found = env.step(action[-1])
             obs.append(found[0])
             reward.append(float(found[1]))
-        columns = {"observations": obs, "actions": action, "rewards": reward, "terminations": [False] * 50}
+        columns = {"observations": obs, "actions": action, "rewards": reward, "terminations": [False] * steps}
         columns = {key: np.array(column) for key, column in columns.items()}
-        buffers.append(EpisodeBuffer(**columns, truncations=np.arange(50) == 49))
+        buffers.append(EpisodeBuffer(**columns, truncations=np.arange(steps) == steps - 1))
     with minari_writes_to(os.environ["MINARI_DATASETS_PATH"]):
         minari.create_dataset_from_buffers(name, buffers, env=env, data_format="hdf5")
 
@@ -52,13 +52,20 @@ def returns_in_its_own_environment(module: str, folder, name: str) -> None:
     print(f"mean {float(returns.mean())!r}")
 
 
+def short(arguments: list[str]) -> list[str]:
+    """The same with fewer updates and shorter plans: what is tried here is whether the task's units come through."""
+    few = {"--world-model-steps": "2", "--agent-updates": "20", "--idm-steps": "2", "--value-steps": "2"}
+    fewer = [few.get(before, word) for before, word in zip(["", *arguments], arguments, strict=False)]
+    return fewer if "--agent-updates" in arguments else [*fewer, "--plan-horizon", "8"]
+
+
 @pytest.mark.parametrize("wrapped", [False, True], ids=["Pendulum", "RescaleAction"])
 def test_every_script_is_scored_in_the_sets_own_environment(folders, wrapped):
     """Through a wrapper one script with an agent and one planner: undoing it is common/'s."""
-    env, name = gym.make("Pendulum-v1"), "own/pendulum-v0"
-    record(gym.wrappers.RescaleAction(env, -1.0, 1.0) if wrapped else env, name)
+    env, name = gym.make("Pendulum-v1", max_episode_steps=20), "own/pendulum-v0"
+    record(gym.wrappers.RescaleAction(env, -1.0, 1.0) if wrapped else env, name, steps=20)
     for module in ("dawm_td3bc", "baselines.decision_diffuser") if wrapped else SCRIPTS:
-        result = run(module, ["--env-id", name, *folders_below(folders), *SCRIPTS[module]], folders)
+        result = run(module, ["--env-id", name, *folders_below(folders), *short(SCRIPTS[module])], folders)
         assert result.code == 0 and "no D4RL reference" in result.text, (module, result.text[-2000:])
         if module in ACTORS:
             (folder,) = folders.glob(f"runs/*__{module.split('.')[-1]}__*")

@@ -19,10 +19,10 @@ RUNS = [  # script, options; its stages; what it logs besides the score
     ("dawm_td3bc", "--synthesis online --termination none", "world model, inverse dynamics, agent", "agent/bc_loss"),
     ("dawm_iql", "", "world model, inverse dynamics, synthesize, agent", "idm/val_mse agent/vf_loss"),
     ("dwm_baseline", "", "world model, synthesize, agent", "world_model/loss agent/qf_target agent/bc_loss"),
-    ("dwm_baseline", "--agent iql --horizon 7", "world model, synthesize, agent", "agent/qf_target agent/vf_loss"),
     (
-        "dwm_baseline", "--rollouts online --lambda-return True --lambda-base printed --termination none",
-        "world model, agent", "agent/qf_target agent/bc_loss",
+        "dwm_baseline", "--agent iql --horizon 7 --rollouts online --lambda-return True --lambda-base printed "
+        "--termination none",
+        "world model, agent", "agent/qf_target agent/vf_loss",
     ),
     (
         "baselines.decision_diffuser", "", "decision diffuser, evaluate planner",
@@ -42,9 +42,7 @@ RUNS = [  # script, options; its stages; what it logs besides the score
     ),
     ("baselines.one_step", "", "world model, synthesize, agent", "world_model/val_cloning_loss agent/bc_loss"),
     ("baselines.one_step", "--preset dwm", "world model, agent", "agent/bc_loss"),
-    ("baselines.one_step", "--actions policy --horizon 2", "world model, agent", "agent/bc_loss"),
     ("baselines.polygrad", "", "world model, agent, synthesize", "world_model/loss agent/guidance_scale"),
-    ("baselines.polygrad", "--cloning-weight 0", "world model, agent, synthesize", "agent/guidance_scale"),
     (
         "baselines.policy_guided_diffusion", "", "world model, agent, synthesize",
         "world_model/loss world_model/val_loss agent/bc_loss",
@@ -108,14 +106,12 @@ BAD = {  # script: what is typed, and a part of what it says; DATA is a file of 
     "dawm_td3bc": [
         ("--env-id hoper-medium-v2", "unknown --env-id 'hoper-medium-v2'; nearest known: hopper-medium-v2"),
         ("--sampling-steps 6", "--sampling-steps 6 is above --diffusion-steps 5"),
-        ("--synthetic-fraction 1.5", "--synthetic-fraction 1.5 lies outside [0, 1]"),
         ("--synthesis online --synthetic-fraction 0.5", "--synthesis online draws from all pairs"),
         ("--idm-holdout 0", "--idm-holdout 0.0 lies outside [0.001, 0.9]"),
         ("--horizon 0", "--horizon 0 must be 1 or more"),
         ("--horizon 9", "--horizon 9 is above --model-horizon 7"),
         ("--gamma nan", "--gamma nan lies outside [0, 1]"),
         ("--gama 0.9", "Unrecognized options: --gama, 0.9 Perhaps you meant: --gamma FLOAT"),
-        ("--gamma high", "Error parsing --gamma: could not convert string to float: 'high'"),
         ("--loss x1", "invalid choice 'x1' for argument '--loss'. Expected one of ('noise', 'x0')"),
         ("--target-return inf", "--target-return inf lies outside [-100, 100]"),
         ("--unet-width 12", "--unet-width 12 must be 8, 16"),
@@ -125,50 +121,35 @@ BAD = {  # script: what is typed, and a part of what it says; DATA is a file of 
         ("--run-dir /dev/null/runs", "--run-dir /dev/null/runs cannot be written ("),
     ],
     "dwm_baseline": [
-        ("--agent sac", "invalid choice 'sac' for argument '--agent'. Expected one of ('td3bc', 'iql')"),
         ("--horizon 8", "--horizon 8 is above --model-horizon 7; raise that too"),
-        ("--lambda-weight 1.5", "--lambda-weight 1.5 lies outside [0, 1]"),
     ],
     "baselines.decision_diffuser": [
         ("--plan-horizon 30", "must be a multiple of 4, since a U-Net of 3 levels halves it 2 times; take 32"),
-        ("--plan-horizon 1", "--plan-horizon 1 lies outside [2, 10000]"),
         ("--plan-horizon 400 --data-path DATA", "400 needs 399 transitions in a row, but the longest episode has"),
         ("--warm-start-steps 6", "--warm-start-steps 6 lies outside [1, 5]"),
-        ("--warm-start-steps -1", "--warm-start-steps -1 must be 0 or more"),
         ("--warm-start-steps 4 --sampling-steps 1", "--warm-start-steps 4 lies outside [5, 5]"),
         ("--preset original --warm-start-steps 201", "--warm-start-steps 201 lies outside [1, 200]"),
-        ("--target-return own", "own"),
-        ("--preset orginal", "orginal"),
     ],
     "baselines.diamond": [
         ("--sigma-min 6", "--sigma-min 6.0 must lie below --sigma-max 5.0"),
-        ("--history 0", "--history 0 must be 1 or more"),
     ],
     "baselines.diffuser": [
         ("--plan-horizon 30", "must be a multiple of 8, since a U-Net of 4 levels halves it 3 times; take 32"),
         ("--env-id halfcheetah-medium-v2 --plan-horizon 6", "must be a multiple of 4"),
         ("--guide-stop 21", "--guide-stop 21 is above --diffusion-steps 20"),
-        (
-            "--laptop --unet-width 8",
-            "times the last of --unet-multipliers, 16, must be a multiple of 32",
-        ),
+        ("--laptop --unet-width 8", "times the last of --unet-multipliers, 16, must be a multiple of 32"),
         ("--laptop --unet-multipliers 1 --plans 1", "a batch of one needs 64 channels or more at the last level"),
-        ("--plans 0", "--plans 0 must be 1 or more"),
     ],
     "baselines.diffusion_mpc": [
         ("--attention-width 30", "--attention-width 30 must be a multiple of --transformer-heads 8; take 32"),
         ("--final-lr 0.1", "--final-lr 0.1 is above --world-model-lr 0.0001; lower it"),
-        ("--proposal mlp", "proposal"),
         ("--plan-horizon 400 --data-path DATA", "400 needs as many transitions in a row, but the longest episode has"),
     ],
     "baselines.one_step": [
-        ("--ensemble-size 0", "--ensemble-size 0 must be 1 or more"),
         ("--ensemble-layers 1", "--ensemble-layers 1 must be 2 or more"),
-        ("--actions inferred", "invalid choice 'inferred' for argument '--actions'"),
     ],
     "baselines.polygrad": [
         ("--window 1", "--window 1 must be 2 or more"),
-        ("--agent-batch-size 1", "--agent-batch-size 1 must be 2 or more"),
         ("--initial-std 0.1", "--initial-std 0.1 lies outside [0.11, 10]"),
     ],
     "baselines.policy_guided_diffusion": [
@@ -180,13 +161,10 @@ BAD = {  # script: what is typed, and a part of what it says; DATA is a file of 
         ("--synthetic-fraction 0", "--synthetic-fraction 0.0 lies outside [0.01, 1]"),
     ],
     "baselines.ssorl": [
-        ("--agent sac", "invalid choice 'sac' for argument '--agent'. Expected one of ('td3bc', 'iql')"),
         ("--label-fraction 0", "--label-fraction 0.0 lies outside [0.001, 1]"),
-        ("--label-pool 1.5", "--label-pool 1.5 lies outside [0, 1]"),
     ],
     "baselines.synther": [
         ("--sigma-min 90", "--sigma-min 90.0 must lie below --sigma-max 80.0"),
-        ("--synthetic-fraction 0", "--synthetic-fraction 0.0 lies outside [0.01, 1]"),
     ],
 }
 

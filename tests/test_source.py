@@ -70,15 +70,12 @@ def test_the_copy_rule_catches_each_fault():
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
-def test_sections_in_order(script):
-    banners = re.findall(r"^# (\d\. .+)$", script.read_text(), flags=re.M)
-    assert [b[:2] for b in banners] == [s[:2] for s in SECTIONS]
-    assert all(banner.startswith(section) for banner, section in zip(banners, SECTIONS, strict=True))
-
-
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
-def test_every_cited_key_stands_in_the_header(script):
+def test_sections_in_order_keys_in_the_header_and_nothing_runs_at_import(script):
     text = script.read_text()
+    banners = re.findall(r"^# (\d\. .+)$", text, flags=re.M)
+    assert all(banner.startswith(section) for banner, section in zip(banners, SECTIONS, strict=True))
+    last = ast.parse(text).body[-1]
+    assert isinstance(last, ast.If) and "__main__" in ast.unparse(last.test)
     header = set(re.findall(r"^\[(\w+)\]", ast.get_docstring(ast.parse(text)), flags=re.M))
     cited = set(re.findall(r"\[([A-Z][A-Z0-9]+)(?: [^\]]*)?\]", text)) - {"KEY"}
     assert header and cited <= header, cited - header
@@ -96,12 +93,6 @@ def test_every_argument_is_documented_and_read(script):
         name, above = field.target.id, lines[field.lineno - 2].strip()
         assert "  # " in lines[field.end_lineno - 1] or (above.startswith("# ") and "----" not in above), name
         assert name in ("laptop", "preset") or re.search(rf"args\.{name}\b", text), f"{name} is never read"
-
-
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
-def test_importing_a_script_runs_nothing_and_ends_in_run_script(script):
-    last = ast.parse(script.read_text()).body[-1]
-    assert isinstance(last, ast.If) and "__main__" in ast.unparse(last.test)
 
 
 DOWNWARDS = ["files", "cli", "stages", "run", "fast", "evaluation", "data", "export"]

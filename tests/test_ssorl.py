@@ -112,7 +112,7 @@ def test_triples_against_a_plain_loop():
 
 def test_inverse_dynamics_learns_the_known_inverse_from_few_labels():
     """Ten of a hundred trajectories are labelled; the actions of the other ninety are inferred."""
-    args = Args(idm_steps=500, idm_batch_size=256, idm_width=64, idm_lr=3e-3, log_every=100, traj_filter="none")
+    args = Args(idm_steps=330, idm_batch_size=256, idm_width=64, idm_lr=3e-3, log_every=100, traj_filter="none")
     dataset, run = linear_dataset(episodes=100), Training()
     trajectories = Trajectories(args, dataset, CPU)
     inverse_dynamics = script.train_inverse_dynamics(args, trajectories, run)

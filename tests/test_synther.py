@@ -96,7 +96,7 @@ def test_churn_adds_noise_and_leaves_the_distribution():
 def test_samples_obey_the_linear_system():
     """s' = 0.9 s + 0.3 a and reward s_0: all columns are drawn together from noise, and fit each other."""
     args = Args(
-        world_model_steps=600, world_model_batch_size=64, world_model_lr=3e-3, mlp_width=64, mlp_depth=3,
+        world_model_steps=450, world_model_batch_size=64, world_model_lr=3e-3, mlp_width=64, mlp_depth=3,
         ema_start=300, sampling_steps=16,
     )  # fmt: skip
     dataset, run = linear_dataset(episodes=200), Training()

@@ -12,7 +12,6 @@ import torch
 from toy import TINY, Training, linear_dataset, metrics
 
 TRAINING = dict(world_model_lr=0.01, ema_decay=0.9, ema_start=0, model_horizon=2, horizon=2)
-REWARDS = torch.arange(6.0).view(2, 3)
 VALID = torch.tensor([[True, True, True], [True, True, False]])
 UNCERTAINTY = torch.tensor([[0.1, 0.4, 0.2], [0.3, 0.2, 9.0]])
 
@@ -92,37 +91,27 @@ def test_the_set_is_that_of_the_plain_method():
 # ---- What the agent gets
 
 
-def heeded(**changes):
-    rows = torch.rand(2, 3, 8)  # obs, action, reward, next_obs, terminated of two dimensions each
-    rows[..., 4] = REWARDS
-    args = script.Args(**TINY, **changes)
-    return rows, *script.heed_uncertainty(args, linear_dataset(), rows.clone(), VALID, UNCERTAINTY)
+ALL = [[1, 1, 1], [1, 1, 0]]
 
 
 @pytest.mark.parametrize(
-    "quantile, kept",
+    "use, kept, penalty",
     [  # the valid ones are 0.1, 0.2, 0.2, 0.3, 0.4
-        (1.0, [[1, 1, 1], [1, 1, 0]]),
-        (0.75, [[1, 0, 0], [1, 1, 0]]),  # 0.3: the row beyond goes, and the one after it
-        (0.5, [[1, 0, 0], [0, 0, 0]]),  # 0.2
+        (dict(uncertainty_use="none"), ALL, 0),
+        (dict(uncertainty_use="drop", uncertainty_quantile=1.0), ALL, 0),
+        (dict(uncertainty_use="drop", uncertainty_quantile=0.75), [[1, 0, 0], [1, 1, 0]], 0),  # 0.3: what follows too
+        (dict(uncertainty_use="drop", uncertainty_quantile=0.5), [[1, 0, 0], [0, 0, 0]], 0),  # 0.2
+        (dict(uncertainty_use="penalty", uncertainty_penalty=2.0), ALL, 2),  # in standard deviations of real rewards
     ],
 )
-def test_rows_beyond_the_quantile_go_with_what_follows(quantile, kept):
-    before, rows, valid = heeded(uncertainty_use="drop", uncertainty_quantile=quantile)
-    assert torch.equal(rows, before) and valid.int().tolist() == kept
-
-
-def test_rewards_are_lowered_by_the_penalty_alone():
-    before, rows, valid = heeded(uncertainty_use="penalty", uncertainty_penalty=2.0)
-    sd = np.std(linear_dataset().reward)
-    np.testing.assert_allclose(rows[..., 4], REWARDS - 2 * sd * UNCERTAINTY, rtol=1e-5)
+def test_rows_beyond_the_quantile_go_or_rewards_are_lowered_and_nothing_else(use, kept, penalty):
+    before = torch.rand(2, 3, 8)  # obs, action, reward, next_obs, terminated of two dimensions each
+    args, dataset = script.Args(**TINY, **use), linear_dataset()
+    rows, valid = script.heed_uncertainty(args, dataset, before.clone(), VALID, UNCERTAINTY)
+    lowered = before[..., 4] - penalty * np.std(dataset.reward) * UNCERTAINTY
+    torch.testing.assert_close(rows[..., 4], lowered, rtol=1e-5, atol=1e-6)
     rows[..., 4] = before[..., 4]
-    assert torch.equal(rows, before) and torch.equal(valid, VALID)
-
-
-def test_none_changes_nothing():
-    before, rows, valid = heeded(uncertainty_use="none")
-    assert torch.equal(rows, before) and torch.equal(valid, VALID)
+    assert torch.equal(rows, before) and valid.int().tolist() == kept
 
 
 # ---- The command line

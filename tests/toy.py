@@ -25,41 +25,35 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(env_id="linear", unet_width=16, unet_multipliers=(1, 2), outcome_width=64, device="cpu")
 
 TOY_AGENT = "--laptop --agent-updates 40 --eval-every 20 --eval-episodes 2 --log-every 10 --device cpu".split()
-TOY_PLANNER = "--laptop --eval-episodes 2 --log-every 10 --device cpu --world-model-steps 30".split()
-TOY_WORLD_MODEL = "--world-model-steps 30 --unet-width 8 --outcome-width 16".split()
+TOY_PLANNER = "--laptop --eval-episodes 2 --log-every 10 --device cpu --world-model-steps 12".split()
+TOY_ROLLOUTS = "--synthesis-batch-size 64".split()  # several batches, so that a kill falls between two
+TOY_WORLD_MODEL = [*TOY_ROLLOUTS, *"--world-model-steps 12 --unet-width 8 --outcome-width 16".split()]
 TOY_IDM = "--idm-steps 20 --idm-width 16".split()
-TOY = [*TOY_AGENT, *TOY_WORLD_MODEL, *TOY_IDM]
+TOY = TOY_AGENT + TOY_WORLD_MODEL + TOY_IDM
 # Every script, with what makes a run of it small.
 SCRIPTS = {
     "dawm_td3bc": TOY,
     "dawm_iql": TOY,
-    "dwm_baseline": [*TOY_AGENT, *TOY_WORLD_MODEL],
-    "baselines.decision_diffuser": [*TOY_PLANNER, *"--unet-width 8 --idm-width 16 --plan-horizon 8".split()],
-    "baselines.diamond": [
-        *TOY_AGENT,
-        *"--world-model-steps 30 --mlp-width 16 --reward-model-steps 20 --imagination-horizon 3".split(),
-        *"--imagined-rollouts 8 --kept-rollouts 40".split(),
-    ],
-    "baselines.diffuser": [*TOY_PLANNER, *"--value-steps 20 --unet-width 16 --plans 2".split()],
-    "baselines.diffusion_mpc": [
-        *TOY_PLANNER,
-        *"--transformer-layers 1 --transformer-width 8 --attention-width 8 --mlp-width 8 --candidates 2".split(),
-    ],
-    "baselines.one_step": [*TOY_AGENT, *"--world-model-steps 30 --ensemble-width 16".split()],
-    "baselines.polygrad": [
-        *TOY_AGENT,
-        *"--world-model-steps 30 --denoiser-width 16 --agent-batch-size 16 --kept-windows 40".split(),
-    ],
-    "baselines.policy_guided_diffusion": [
-        *TOY_AGENT,
-        *"--world-model-steps 30 --unet-width 16 --windows-per-set 30 --sampling-steps 4 --refresh-every 15".split(),
-    ],
+    "dwm_baseline": TOY_AGENT + TOY_WORLD_MODEL,
+    "baselines.decision_diffuser": TOY_PLANNER + "--unet-width 8 --idm-width 16 --plan-horizon 8".split(),
+    "baselines.diamond": TOY_AGENT
+    + "--world-model-steps 12 --mlp-width 16 --reward-model-steps 20 --imagination-horizon 3".split()
+    + "--imagined-rollouts 8 --kept-rollouts 40".split(),
+    # After 12 updates its Hopper stands for a hundred plans.
+    "baselines.diffuser": TOY_PLANNER + "--world-model-steps 30 --value-steps 20 --unet-width 16 --plans 2".split(),
+    "baselines.diffusion_mpc": TOY_PLANNER
+    + "--transformer-layers 1 --transformer-width 8 --attention-width 8 --mlp-width 8 --candidates 2".split(),
+    "baselines.one_step": TOY_AGENT + TOY_ROLLOUTS + "--world-model-steps 12 --ensemble-width 16".split(),
+    "baselines.polygrad": TOY_AGENT
+    + "--world-model-steps 12 --denoiser-width 16 --agent-batch-size 16 --kept-windows 40".split(),
+    "baselines.policy_guided_diffusion": TOY_AGENT
+    + "--world-model-steps 12 --unet-width 16 --windows-per-set 30 --sampling-steps 4 --refresh-every 15".split()
+    + "--synthesis-batch-size 8".split(),
     "baselines.ssorl": [*TOY_AGENT, *TOY_IDM, "--label-fraction", "0.5"],
-    "baselines.synther": [
-        *TOY_AGENT,
-        *"--world-model-steps 30 --mlp-width 16 --synthetic-transitions 200 --sampling-steps 4".split(),
-    ],
-    "variants.joint_td3bc": [*TOY_AGENT, *TOY_WORLD_MODEL],
+    "baselines.synther": TOY_AGENT
+    + TOY_ROLLOUTS
+    + "--world-model-steps 12 --mlp-width 16 --synthetic-transitions 200 --sampling-steps 4".split(),
+    "variants.joint_td3bc": TOY_AGENT + TOY_WORLD_MODEL,
     "variants.uncertain_td3bc": TOY,
 }
 

@@ -109,7 +109,7 @@ def test_arguments(monkeypatch, trials, told):
     numbers = st.one_of(st.integers(-(10**6), 10**6), st.floats(), st.sampled_from([0, 1, -1, 2**31, 2**63]))
     texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=8)
     value = st.one_of(numbers.map(str), texts, st.sampled_from(["", "None", "own", "nan", "-inf", "True", "td3bc"]))
-    count, passed = trials(60, 600), []
+    count, passed = trials(15, 600), []
 
     @settings(max_examples=count, **CHECKS)
     @given(st.sampled_from(list(SCRIPTS)), st.data())

@@ -61,13 +61,13 @@ def test_values_beyond_their_bound_are_told_once(tmp_path, capsys):
 
 
 def diverge(module: str, arguments: list[str]) -> None:
-    """The script's command line, in this process; from update 50 on the actor's weights are NaN."""
+    """The script's command line, in this process; from update 25 on the actor's weights are NaN."""
     update, count = dawm_td3bc.TD3BC.update, []
 
     def diverging(agent, *batch, **how):
         losses = update(agent, *batch, **how)
         count.append(1)
-        if len(count) >= 50:
+        if len(count) >= 25:
             agent.actor_parameters[0].data.fill_(torch.nan)
         return losses
 
@@ -77,11 +77,11 @@ def diverge(module: str, arguments: list[str]) -> None:
 
 def test_a_run_that_diverges_stops_at_the_next_log_step(tmp_path):
     """Exit code 2 and one line; the same command goes on before that."""
-    line = command("dawm_td3bc", tmp_path, "--synthetic-fraction", "0", "--checkpoint-every", "2e-4")
+    line = command(tmp_path, "--synthetic-fraction", "0", "--checkpoint-every", "2e-4")
     code, log = finish(diverge, *line, log=tmp_path / "log"), (tmp_path / "log").read_text()
     assert code == 2 and "Traceback" not in log and "likely causes" in log, log[-1500:]
-    assert re.search(r"error: .*stage agent|error: agent/\w+ became nan by update 60", log)
+    assert re.search(r"error: .*stage agent|error: agent/\w+ became nan by update 30", log)
     kept = list((tmp_path / "runs").rglob("*.pt"))
-    assert kept and all(int(path.stem) < 50 for path in kept)
+    assert kept and all(int(path.stem) < 25 for path in kept)
     assert finish(run_script, *line, log=tmp_path / "again") == 0
-    assert re.search(r"agent +goes on at [1-4]?\d of 60", (tmp_path / "again").read_text())
+    assert re.search(r"agent +goes on at [12]?\d of 40", (tmp_path / "again").read_text())

@@ -31,6 +31,7 @@ from trials import (
     finish,
     make,
     outcome,
+    outcome_below,
     run_and_stop,
     run_as_other_code,
     stages_of,
@@ -40,57 +41,36 @@ from trials import (
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    """reference(name): the folder and outcome of an uninterrupted run, made once."""
-    made = {}
-
-    def reference(name: str):
-        if name not in made:
-            folder = tmp_path_factory.mktemp("whole") / "run"
-            assert finish(run_script, *command(name, folder), log=folder / "log") == 0, tail(folder / "log")
-            made[name] = folder, outcome(folder)
-        return made[name]
-
-    return reference
-
-
 def tail(log: Path) -> str:
     return text_of(log)[-2000:]
 
 
-# What all others train is in these too.
-OWN_STAGES = ["dawm_td3bc", "ssorl-iql", "decision_diffuser", "diffuser", "diffusion_mpc", "one_step", "synther"]
-OWN_STAGES += ["policy_guided_diffusion", "polygrad", "diamond", "joint_td3bc"]
+# What these train is in the others too.
+TWINS = [(module, "") for module in ("dawm_iql", "dwm_baseline", "baselines.ssorl", "variants.uncertain_td3bc")]
+TWINS += [("dawm_td3bc", "--synthesis online"), ("dwm_baseline", "--agent iql --rollouts online")]
+TWINS += [("baselines.one_step", "--preset dwm")]
 
 
-@pytest.mark.parametrize("name", [n if n in OWN_STAGES else pytest.param(n, marks=pytest.mark.full) for n in COMMANDS])
-def test_kill_and_the_same_command(name, reference, trials, told):
-    """Stages in turn, each at a random moment: the end is that of the uninterrupted run, in one folder."""
-    folder, whole = reference(name)
-    stages, count, resumed = stages_of(folder), trials(1 + (name == "dawm_td3bc"), 20), 0
+@pytest.mark.parametrize(
+    "module, options", [pytest.param(*x, marks=pytest.mark.full) if x in TWINS else x for x in COMMANDS]
+)
+def test_kills_and_the_same_command(module, options, made, tmp_path, trials, told):
+    """Killed in each stage at a random moment, a run ends as the one that nobody killed, in one folder."""
+    whole, _ = made(module, *options.split())
+    stages, count, resumed = stages_of(whole), trials(1, 7), 0
     for trial in range(count):
-        here, again = folder.parent / f"{name}-{trial}", folder.parent / f"{name}-{trial}" / "again"
-        line, stage, chance = command(name, here), stages[-trial % len(stages)], random.Random(trial)
-        share, delay = chance.random(), chance.uniform(0, 0.02)
-        assert finish(run_and_stop, *line, stage, share, KILL, delay, log=here / "log") == -KILL, tail(here / "log")
-        assert finish(run_script, *line, log=again) == 0, tail(again)
-        assert outcome(here) == whole, (stage, share)
-        resumed += "goes on at" in again.read_text()
+        here, chance = tmp_path / str(trial), random.Random(trial)
+        line = command(here, *options.split(), module=module)
+        for stage in stages:
+            share, delay = chance.random(), chance.uniform(0, 0.02)
+            assert finish(run_and_stop, *line, stage, share, KILL, delay, log=here / "log") == -KILL, tail(here / "log")
+        assert finish(run_script, *line, log=here / "log") == 0, tail(here / "log")
+        assert outcome_below(here) == outcome(whole), trial
+        resumed += text_of(here / "log").count("goes on at")
     told(
-        f"kill -9 in {name} ({', '.join(stages)}), then the same command",
-        f"{count} of {count} end bit-identical, {resumed} from a checkpoint",
+        f"kill -9 in {module} {options} ({', '.join(stages)}), then the same command",
+        f"{count * len(stages)} kills, {resumed} resumed from a checkpoint: {count} of {count} end bit-identical",
     )
-
-
-@pytest.mark.full
-def test_three_kills_in_one_run(reference):
-    folder, whole = reference("dawm_td3bc")
-    here = folder.parent / "three"
-    line = command("dawm_td3bc", here)
-    for stage, share in (("world model", 0.5), ("world model", 0.8), ("agent", 0.6)):
-        assert finish(run_and_stop, *line, stage, share, KILL, log=here / "log") == -KILL
-    assert finish(run_script, *line, log=here / "log") == 0 and outcome(here) == whole
 
 
 @pytest.mark.parametrize(
@@ -98,13 +78,14 @@ def test_three_kills_in_one_run(reference):
     [(TERM, 20), pytest.param(USR1, 5, marks=pytest.mark.full), pytest.param(INT, 5, marks=pytest.mark.full)],
     ids=["SIGTERM", "SIGUSR1", "Ctrl-C"],
 )
-def test_signals(number, many, reference, trials, told):
+def test_signals(number, many, made, tmp_path, trials, told):
     """A checkpoint, exit code 75 and the way on; the same command ends as if nothing had happened."""
-    folder, whole = reference("dawm_td3bc")
-    stages, name, count = stages_of(folder), signal.Signals(number).name, trials(1, many)
+    whole, _ = made("dawm_td3bc")
+    stages, name, count = list(stages_of(whole)), signal.Signals(number).name, trials(1, many)
     for trial in range(count):
-        here, again = folder.parent / f"{name}-{trial}", folder.parent / f"{name}-{trial}" / "again"
-        line, stage = command("dawm_td3bc", here), stages[-(trial + 1) % len(stages)]
+        here, again = tmp_path / str(trial), tmp_path / str(trial) / "again"
+        stage, kept = stages[-(trial + 1) % len(stages)], ["--stage-dir", whole.parent.parent / "stages"]
+        line = command(here, *(kept if stage == stages[-1] else []))  # what stands before the last one is found
         share = random.Random(trial).uniform(0.2, 0.8)
         assert finish(run_and_stop, *line, stage, share, number, log=here / "log") == STOPPED, tail(here / "log")
         stop = re.search(
@@ -114,13 +95,13 @@ def test_signals(number, many, reference, trials, told):
             here / "log"
         )
         assert finish(run_script, *line, log=again) == 0 and f"goes on at {stop[1]}, from " in again.read_text()
-        assert outcome(here) == whole, (stage, trial)
+        assert outcome_below(here) == outcome(whole), (stage, trial)
     told(f"{name} in each stage, then the same command", f"{count} of {count} end bit-identical")
 
 
 def test_sigterm_within_five_seconds(tmp_path, trials, told):
     """Measured from outside, from the signal to the end of the process, at random moments of the first stage."""
-    line = command("dawm_td3bc", tmp_path, "--world-model-steps", "100000", "--checkpoint-every", "5")
+    line = command(tmp_path, "--world-model-steps", "100000", "--checkpoint-every", "5")
     slowest, count = 0.0, trials(1, 20)
     for trial in range(count):
         log = tmp_path / f"log{trial}"
@@ -154,32 +135,31 @@ def test_signals_where_nothing_listens(tmp_path):
 # ---- Whose folder it is
 
 
-def test_other_code_begins_a_new_run_and_a_finished_one_stays_as_it_is(reference):
+def test_other_code_begins_a_new_run_and_a_finished_one_stays_as_it_is(tmp_path):
     """Of an interrupted run nothing is touched by another version of the script, nor of a finished one by its own."""
-    folder, _ = reference("dawm_td3bc")
-    here = folder.parent / "code"
-    module, arguments = command("dawm_td3bc", here)
-    arguments += ["--stage-dir", str(folder / "stages")]
-    assert finish(run_and_stop, module, arguments, "agent", 0.5, KILL, log=here / "log") == -KILL
-    (cut,) = (here / "runs").iterdir()
+    module, arguments = command(tmp_path, "--synthetic-fraction", "0")
+    assert finish(run_and_stop, module, arguments, "agent", 0.5, KILL, log=tmp_path / "log") == -KILL
+    (cut,) = (tmp_path / "runs").iterdir()
     before = (cut / "metrics.jsonl").read_bytes()
-    assert finish(run_as_other_code, module, arguments, log=here / "other") == 0
-    assert (cut / "metrics.jsonl").read_bytes() == before and "resumed" not in (here / "other").read_text()
-    assert finish(run_script, module, arguments, log=here / "again") == 0
-    assert f"resumed          {cut} was interrupted" in (here / "again").read_text()
-    assert finish(run_script, module, arguments, log=here / "third") == 0 and "resumed" not in tail(here / "third")
-    assert len(list((here / "runs").iterdir())) == 3
+    assert finish(run_as_other_code, module, arguments, log=tmp_path / "other") == 0
+    assert (cut / "metrics.jsonl").read_bytes() == before and "resumed" not in (tmp_path / "other").read_text()
+    assert finish(run_script, module, arguments, log=tmp_path / "again") == 0
+    assert f"resumed          {cut} was interrupted" in (tmp_path / "again").read_text()
+    assert finish(run_script, module, arguments, log=tmp_path / "third") == 0 and "resumed" not in tail(
+        tmp_path / "third"
+    )
+    assert len(list((tmp_path / "runs").iterdir())) == 3
 
 
 def test_two_runs_of_one_command_do_not_share_a_folder(tmp_path):
     """The second starts while the first runs: it makes a folder of its own."""
-    line = command("dawm_td3bc", tmp_path, "--synthetic-fraction", "0", "--checkpoint-every", "1")
+    line = command(tmp_path, "--synthetic-fraction", "0", "--checkpoint-every", "1")
     both = [child(run_script, *line, log=tmp_path / f"log{i}") for i in range(2)]
     for process in both:
         process.join()
     assert [process.exitcode for process in both] == [0, 0]
     metrics = list((tmp_path / "runs").glob("*/metrics.jsonl"))
-    assert len(metrics) == 2 and metrics[0].read_text().count("agent/qf_loss") == 3
+    assert len(metrics) == 2 and metrics[0].read_text().count("agent/qf_loss") == 4
     assert "goes on" not in (tmp_path / "log0").read_text() + (tmp_path / "log1").read_text()
 
 
@@ -187,18 +167,18 @@ def test_two_runs_of_one_command_do_not_share_a_folder(tmp_path):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_same_seed_same_numbers(threads, tmp_path, told):
     """Three processes of each command, the first begun by Python itself: metrics and weights are equal to the bit."""
-    for name in COMMANDS:
+    for module, options in COMMANDS:
         found = []
         for i in range(3):
-            here = tmp_path / f"{name}-{i}"
-            module, arguments = command(name, here, "--threads", str(threads))
+            here = tmp_path / f"{module}{options}-{i}"
+            _, arguments = command(here, *options.split(), "--threads", str(threads), module=module)
             if i == 0:
                 environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
                 subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, env=environment, check=True)
             else:
                 assert finish(run_script, module, arguments, log=here / "log") == 0, tail(here / "log")
-            found.append(outcome(here))
-        assert found[1] == found[0] and found[2] == found[0], name
+            found.append(outcome_below(here))
+        assert found[1] == found[0] and found[2] == found[0], (module, options)
     told(
         f"same seed, {threads} thread{'s' * (threads > 1)}",
         f"three runs of each of {len(COMMANDS)} commands: identical",

@@ -1,4 +1,4 @@
-"""Runs of all commands, and stages of a few steps, for children that are killed, signalled and compared."""
+"""Commands with every stage there is, and stages of a few steps, for children that are killed, signalled, compared."""
 
 import json
 import math
@@ -19,40 +19,20 @@ from toy import SCRIPTS, child, hopper_arguments, metrics, new_run, run_script, 
 
 KILL, TERM, USR1, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
 
-MODEL, ROLLOUTS = ["--world-model-steps", "60"], ["--synthesis-batch-size", "32"]
-IDM, PLAN = ["--idm-steps", "120"], [*MODEL, "--eval-episodes", "1"]
-AGENT = "--agent-updates 60 --eval-every 30 --eval-episodes 1".split()
-ONLINE = "--synthesis online --agent-updates 24 --eval-every 12 --agent-batch-size 16".split()
-PGD = "--windows-per-set 40 --synthesis-batch-size 4 --refresh-every 25".split()
-# Every command, with every stage that it has: its script, and what it is asked for besides toy.SCRIPTS.
-COMMANDS = {
-    "dawm_td3bc": ("dawm_td3bc", [*MODEL, *IDM, *AGENT, *ROLLOUTS]),
-    "dawm_td3bc-online": ("dawm_td3bc", [*MODEL, *IDM, *AGENT, *ONLINE]),
-    "dawm_iql": ("dawm_iql", [*MODEL, *IDM, *AGENT, *ROLLOUTS]),
-    "dwm_baseline-td3bc": ("dwm_baseline", [*MODEL, *AGENT, *ROLLOUTS]),
-    "dwm_baseline-iql": ("dwm_baseline", [*MODEL, *AGENT, "--agent", "iql", "--rollouts", "online"]),
-    "ssorl-td3bc": ("baselines.ssorl", [*IDM, *AGENT, "--label-fraction", "0.3"]),
-    "ssorl-iql": ("baselines.ssorl", [*IDM, *AGENT, "--agent", "iql", "--label-fraction", "0.3"]),
-    "decision_diffuser": ("baselines.decision_diffuser", PLAN),
-    "diamond": ("baselines.diamond", [*MODEL, *AGENT, "--reward-model-steps", "60", "--kept-rollouts", "200"]),
-    "diffuser": ("baselines.diffuser", [*PLAN, "--value-steps", "60"]),
-    "diffusion_mpc": ("baselines.diffusion_mpc", PLAN),
-    "one_step": ("baselines.one_step", [*MODEL, *AGENT, *ROLLOUTS]),
-    "one_step-dwm": ("baselines.one_step", [*MODEL, *AGENT, "--preset", "dwm", "--horizon", "2"]),
-    "polygrad": ("baselines.polygrad", [*MODEL, *AGENT, "--kept-windows", "64"]),
-    "policy_guided_diffusion": ("baselines.policy_guided_diffusion", [*MODEL, *AGENT, *PGD]),
-    "synther": ("baselines.synther", [*MODEL, *AGENT, "--synthetic-transitions", "500", *ROLLOUTS]),
-    "joint_td3bc": ("variants.joint_td3bc", [*MODEL, *AGENT, *ROLLOUTS]),
-    "uncertain_td3bc": ("variants.uncertain_td3bc", [*MODEL, *AGENT, *ROLLOUTS, *IDM]),
-}
+# Scripts, as small as toy.SCRIPTS makes them, and what else they are asked for.
+COMMANDS = [
+    *((module, "") for module in SCRIPTS),
+    ("dawm_td3bc", "--synthesis online"),
+    ("dwm_baseline", "--agent iql --rollouts online"),
+    ("baselines.one_step", "--preset dwm"),
+    ("baselines.ssorl", "--agent iql"),
+]
 
 
-def command(name: str, folder: Path, *more: str) -> tuple[str, list[str]]:
-    """Module and arguments of one of COMMANDS, with all that it writes below `folder`, which is made."""
+def command(folder: Path, *more: str, module: str = "dawm_td3bc") -> tuple[str, list[str]]:
+    """Module and arguments of a run with all that it writes below `folder`, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
-    module, arguments = COMMANDS[name]
-    words = hopper_arguments(folder, *SCRIPTS[module], "--log-every", "20", *arguments, *more)
-    return module, [str(word) for word in words]
+    return module, [str(word) for word in hopper_arguments(folder, *SCRIPTS[module], *more)]
 
 
 def run_and_stop(module: str, arguments: list[str], stop_in: str, share: float, number: int, delay: float = 0) -> None:
@@ -97,16 +77,21 @@ def text_of(path: Path) -> str:
 # ---- What a run gives
 
 
-def outcome(folder: Path) -> dict:
+def outcome(run: Path) -> dict:
     """All that a finished run gives: metrics without times, weights and kept results, TensorBoard's numbers."""
-    (run,) = (folder / "runs").iterdir()
-    results = [*run.glob("*.safetensors"), *(folder / "stages").glob("*.safetensors")]
-    assert (run / "summary.txt").exists() and not list(folder.rglob("*.pt"))
+    assert (run / "summary.txt").exists()
     return {
         "metrics": metrics(run),
-        "results": {path.name: result(path) for path in results},
+        "results": {stage: result(Path(path)) for stage, path in stages_of(run).items()},
         "tensorboard": tensorboard(run),
     }
+
+
+def outcome_below(folder: Path) -> dict:
+    """That of the one run below `folder`, which has left no checkpoint."""
+    (run,) = (folder / "runs").iterdir()
+    assert not list(folder.rglob("*.pt"))
+    return outcome(run)
 
 
 def result(path: Path) -> tuple:
@@ -126,9 +111,9 @@ def tensorboard(run: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in names}
 
 
-def stages_of(folder: Path) -> list[str]:
-    (stages,) = (folder / "runs").glob("*/stages.json")
-    return list(json.loads(stages.read_text()))
+def stages_of(run: Path) -> dict[str, str]:
+    """Stage -> the file of its result."""
+    return json.loads((run / "stages.json").read_text())
 
 
 # ---- Stages of a few steps
