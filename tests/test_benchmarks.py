@@ -106,7 +106,7 @@ def test_a_training_of_the_run_s_own_length_errs_as_the_run_s_model(toy, tmp_pat
     made = {finished_run(path).content["args"]["world_model_steps"]: path for path in tmp_path.glob("*__looked-at__*")}
     errors = {n: {k: v[-1] for k, v in finished_run(path).metrics.items() if "audit" in k} for n, path in made.items()}
     parts = true_dynamics.load_rollouts(folder)  # whose world model had 12 updates
-    assert errors[12] == training_time.errors(parts, parts.world_model, 100) != errors[6]
+    assert errors[12] == training_time.errors(parts, parts.world_model, 100) != errors[10]
     training_time.main(training_time.Args(runs=tuple(made.values()), plot=True, out=tmp_path))
     assert (tmp_path / "training_time.png").stat().st_size > 5000
     assert "to watch it" not in (made[12] / "summary.txt").read_text()  # it has no agent
