@@ -57,7 +57,7 @@ TWINS += [("baselines.one_step", "--preset dwm")]
 def test_kills_and_the_same_command(module, options, made, tmp_path, trials, told):
     """Killed in each stage at a random moment, a run ends as the one that nobody killed, in one folder."""
     whole, _ = made(module, *options.split())
-    stages, count, resumed = stages_of(whole), trials(1, 7), 0
+    stages, count, resumed = stages_of(whole), trials(1, 10), 0
     for trial in range(count):
         here, chance = tmp_path / str(trial), random.Random(trial)
         line = command(here, *options.split(), module=module)
