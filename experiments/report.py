@@ -306,7 +306,11 @@ def section(table: str, rows: list[Row], paper: bool) -> str:
         )
     arms = "; ".join(f"`{x}` is {LEARNERS[x][0]} {LEARNERS[x][1]}".rstrip() for x in present)
     modules = {LEARNERS[x][0] for x in present}
-    apart = "".join(f" {field} of {module}: {why}." for (module, field), why in APART.items() if module in modules)
+    reasons = defaultdict(list)
+    for (module, field), why in APART.items():
+        if module in modules:
+            reasons[module, why].append(field)
+    apart = "".join(f" {', '.join(fields)} of {module}: {why}." for (module, why), fields in reasons.items())
     text += wrapped(f"The arms are alike in all arguments that they have in common, but for these: {arms}.{apart}")
     text += f"![Learning curves of each task and the performance profile]({picture}.png)\n"
     printed = published("table2" if table == "first" else table)
@@ -322,13 +326,15 @@ def section(table: str, rows: list[Row], paper: bool) -> str:
 
 def draw(present: dict, tasks: list[str], shared: list[str], path: Path) -> None:
     """A panel for each task with all learners, mean and standard deviation between seeds; the performance profile."""
-    from matplotlib.figure import Figure  # slow to import
+    from matplotlib import colormaps  # slow to import
+    from matplotlib.figure import Figure
 
     columns = min(3, len(tasks))
     rows = math.ceil(len(tasks) / columns)
     figure = Figure(figsize=(3.6 * columns + 4.2, max(2.7 * rows, 4)), layout="constrained")
     grid = figure.add_gridspec(rows, columns + 1, width_ratios=[*[1] * columns, 1.2])
-    colors = {learner: f"C{number}" for number, learner in enumerate(present)}
+    palette = colormaps["tab10" if len(present) <= 10 else "tab20"].colors
+    colors = dict(zip(present, palette, strict=False))
     for number, task in enumerate(tasks):
         axis = figure.add_subplot(grid[divmod(number, columns)])
         some = {learner: cells[task] for learner, cells in present.items() if task in cells}
@@ -337,7 +343,7 @@ def draw(present: dict, tasks: list[str], shared: list[str], path: Path) -> None
             updates = lengths.most_common(1)[0][0]
             curves = np.array([run.scores for run in runs if tuple(run.updates) == updates])
             mean, spread = curves.mean(0), curves.std(0, ddof=1) if len(curves) > 1 else 0
-            style = "." if len(updates) == 1 else "--" if "dawm" not in learner else "-"
+            style = "*" if len(updates) == 1 else "--" if "dawm" not in learner else "-"
             axis.plot(updates, mean, style, color=colors[learner], linewidth=1.4, label=learner)
             axis.fill_between(updates, mean - spread, mean + spread, color=colors[learner], alpha=0.12, linewidth=0)
         last = max(run.updates[-1] for runs in some.values() for run in runs)
@@ -358,7 +364,8 @@ def draw(present: dict, tasks: list[str], shared: list[str], path: Path) -> None
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
     figure.supxlabel(
-        "updates of the agent; shaded: what counts; dotted: the data's own mean; bands: sd of seeds", fontsize=9
+        "updates of the agent (star: a planner); shaded: what counts; dotted: the data's own mean; bands: sd of seeds",
+        fontsize=9,
     )
     figure.supylabel("D4RL score", fontsize=9)
     write_whole(path, lambda file: figure.savefig(file, dpi=80, format="png"))
