@@ -252,7 +252,7 @@ def stage_source(function) -> tuple[str, list[str]]:
     return "\n".join(ast.unparse(found[name]) for name in sorted(found)), sorted(fields)
 
 
-# ---- Checkpoint files, for any loop
+# ---- Checkpoint files
 
 
 def save_checkpoint(folder: Path, number: int, content: dict) -> Path:

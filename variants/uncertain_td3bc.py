@@ -227,7 +227,8 @@ class Windows:
     """All windows of H+2 states and H+1 rewards, one for each real pair (state, action); gathered when asked for.
 
     H is model_horizon. `tokens` [N + E, obs_dim + 1]: what the step from a row brings, the change of state and the
-    reward; nothing changes behind an episode's end, which no window crosses. UserError if no episode is long enough.
+    reward; nothing changes behind an episode's end, which no window crosses. UserError if no episode is long enough, or
+    there is but one.
     """
 
     def __init__(self, args: Args, dataset: OfflineDataset, device: torch.device):
