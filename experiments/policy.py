@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import tyro
 from PIL import Image, ImageDraw
-from render import View, capsules, draw_sticks, write_gif
+from render import blank, capsules, draw_scene, snapshot, write_gif
 from run_folders import load_run
 from tqdm import tqdm
 
@@ -130,8 +130,10 @@ def rendered(env: gym.Env) -> Image.Image:
 
 
 def stick_figure(robot: gym.Env) -> Image.Image:
+    figure = blank(SIZE, SIZE)
     shown = capsules(robot.model, mujoco.MjData(robot.model), robot.data.qpos)
-    return draw_sticks(View(2 * SIZE, 3.0, robot.data.qpos[0]), shown).reduce(2)
+    draw_scene(figure.add_axes((0, 0, 1, 1)), robot.data.qpos[0], 3.0, shown)
+    return snapshot(figure)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Left: MuJoCo, from the rollout's first state, which is real, with the rollout's 
 others are inferred or, in variants/joint_td3bc.py, generated. It never sees an imagined state, so that errors of states
 and actions add up over the steps. Right: the imagined states, set into the same simulator. Below: the root mean square
 over the state's dimensions of imagined minus simulated, in standard deviations of the real data; the bar's scale is the
-same for all GIFs. The outline in both pictures is the simulator's robot.
+same for all GIFs. Behind both robots stands the simulator's, in blue.
 
 No state shows the place along the track; for display it is integrated from the states' x-velocity (trapezoid rule), on
 both sides alike. Nothing is drawn between two states.
@@ -14,7 +14,6 @@ both sides alike. Nothing is drawn between two states.
     python experiments/render.py runs/RUN_FOLDER --rollout 17 4711
 """
 
-import math
 import sys
 from dataclasses import dataclass
 from io import BytesIO
@@ -27,20 +26,20 @@ from common import UserError
 from common.cli import parse_args, tell
 from common.files import write_whole
 
-import matplotlib
 import mujoco
 import numpy as np
 import tyro
-from PIL import Image, ImageDraw, ImageFont
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
 from run_folders import load_rollouts
 from stepper import Stepper
 from tqdm import tqdm
 
 RANKED = 1000  # rollouts that --pick chooses from, drawn at random with a fixed seed
 BAR_END = 0.5  # standard deviations at the error bar's end
-FINE = 3  # drawn so many times larger, then reduced: smooth edges
 WIDEST = 4.0  # metres in a picture, however far away a state may be imagined
-INK, GREY, RED, BLUE, PAPER = (30, 30, 30), (120, 120, 120), (200, 30, 30), (20, 130, 255), (255, 255, 255)
+RED, BLUE, DPI = "firebrick", "dodgerblue", 100
 
 
 @tyro.conf.configure(tyro.conf.PositionalRequiredArgs)
@@ -52,7 +51,7 @@ class Args:
     rollout: tuple[int, ...] = ()  # these, by number from 0, instead of --pick and --count
     out: Path | None = None  # default: imagined.gif in the run's folder
     fps: Annotated[float, (0.1, 50)] = 2.5  # states per second; the simulator has 125 (Hopper)
-    size: Annotated[int, (32, 1024)] = 256  # pixels of each picture's side
+    size: Annotated[int, (128, 1024)] = 256  # pixels of each picture's side
 
 
 # ---- What to show
@@ -150,121 +149,71 @@ def capsules(model, data, position: np.ndarray) -> list[tuple]:
         radius, half_length = model.geom_size[geom, :2]
         along = data.geom_xmat[geom].reshape(3, 3)[:, 2] * half_length
         ends = np.stack([data.geom_xpos[geom] - along, data.geom_xpos[geom] + along])[:, [0, 2]]
-        found.append((ends, radius, tuple(int(255 * c) for c in model.geom_rgba[geom, :3])))
+        found.append((ends, radius, model.geom_rgba[geom, :3]))
     return found
 
 
-class View:
-    """A picture of `size` pixels that shows `span` metres around x = `middle`, the floor at a tenth of its height."""
-
-    def __init__(self, size: int, span: float, middle: float):
-        self.size, self.span, self.middle, self.scale = size, span, middle, size / span
-
-    def pixel(self, x: float, z: float) -> tuple[float, float]:
-        return (x - self.middle) * self.scale + self.size / 2, 0.9 * self.size - z * self.scale
-
-    def capsule(self, draw, ends: np.ndarray, radius: float, fill) -> None:
-        a, b = (np.array(self.pixel(*end)) for end in ends)
-        radius = max(radius * self.scale, 0.5)
-        across = np.array([a[1] - b[1], b[0] - a[0]])
-        across *= radius / max(np.hypot(*across), 1e-9)
-        draw.polygon([tuple(p) for p in (a + across, b + across, b - across, a - across)], fill=fill)
-        for x, z in (a, b):
-            draw.ellipse((x - radius, z - radius, x + radius, z + radius), fill=fill)
+def blank(width: int, height: int) -> Figure:
+    """An empty picture of so many pixels."""
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+    FigureCanvasAgg(figure)
+    return figure
 
 
-def draw_sticks(view: View, robot: list[tuple]) -> Image.Image:
-    """The robot from its capsules, over a floor with a mark every tenth of a metre."""
-    image = Image.new("RGB", (view.size, view.size), (235, 240, 246))
-    draw = ImageDraw.Draw(image)
-    floor = view.pixel(0, 0)[1]
-    draw.rectangle((0, floor, view.size, view.size), fill=(205, 210, 205))
-    for tenth in range(math.floor(10 * (view.middle - view.span)), math.ceil(10 * (view.middle + view.span))):
-        x, length = view.pixel(tenth / 10, 0)[0], view.size * (0.05 if tenth % 5 == 0 else 0.025)
-        draw.line((x, floor, x, floor + length), fill=(120, 125, 120), width=FINE)
-    edge = view.size / 220 / view.scale
-    for ends, radius, colour in robot:
-        view.capsule(draw, ends, radius, tuple(c // 2 for c in colour))
-        view.capsule(draw, ends, radius - edge, colour)
-    return image
+def draw_scene(axis, middle: float, span: float, robot: list[tuple], ghost: list[tuple] = ()) -> None:
+    """A floor with a mark every tenth of a metre, `span` metres around x = `middle`; a robot, and before that a ghost,
+    all blue and a little thicker."""
+    axis.clear()
+    axis.set(xlim=(middle - span / 2, middle + span / 2), ylim=(-span / 10, 0.9 * span), xticks=[], yticks=[])
+    axis.set_facecolor("aliceblue")
+    axis.axhspan(-span, 0, color="lightgrey")
+    axis.vlines(np.arange(np.floor(middle - span), middle + span, 0.1), -span / 40, 0, "grey", linewidth=0.5)
+    metre = axis.get_window_extent().width / span * 72 / DPI  # in points, as the width of a line
+    for shown, grown, colour in ((ghost, 6, BLUE), (robot, 2, "0.25"), (robot, 0, None)):
+        for ends, radius, own in shown:
+            width = 2 * radius * metre + grown / 2
+            axis.plot(*ends.T, color=own if colour is None else colour, linewidth=width, solid_capstyle="round")
 
 
-def draw_outline(image: Image.Image, view: View, robot: list[tuple]) -> None:
-    """The contour of the simulator's robot, just outside of it, on a picture of either side."""
-    mask = Image.new("L", image.size)
-    draw = ImageDraw.Draw(mask)
-    for grown, fill in ((view.size / 128 / view.scale, 255), (0, 0)):
-        for ends, radius, _ in robot:
-            view.capsule(draw, ends, radius + grown, fill)
-    image.paste(BLUE, mask=mask)
+def snapshot(figure: Figure) -> Image.Image:
+    figure.canvas.draw()
+    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
 
 
 class Sheet:
-    """A frame: titles, two pictures, and what belongs to this step in words and as a bar."""
+    """Frames of two scenes of `size` pixels, the simulator's and the model's, and the error as a bar."""
 
-    def __init__(self, size: int, caption: str, has_rule: bool):
-        self.size, self.caption, self.has_rule = size, caption, has_rule
-        self.unit = size / 256
-        self.pad = round(8 * self.unit)
-        self.top, self.width = round(40 * self.unit), 2 * size + 3 * self.pad
-        self.height = self.top + size + round(106 * self.unit)
-        fonts = Path(matplotlib.get_data_path(), "fonts", "ttf")  # figures of equal width, and there on every machine
-        self.fonts = {
-            name: ImageFont.truetype(str(fonts / file), max(6, round(points * self.unit)))
-            for name, file, points in (
-                ("title", "DejaVuSans-Bold.ttf", 15),
-                ("text", "DejaVuSans.ttf", 12),
-                ("bold", "DejaVuSans-Bold.ttf", 12),
-                ("small", "DejaVuSans.ttf", 10),
-            )
-        }
+    def __init__(self, size: int, caption: str):
+        self.caption, pad, top, below = caption, size // 16, size // 5, size // 2
+        width, height = 2 * size + 3 * pad, top + size + below
+        self.figure = blank(width, height)
+        self.boxes = [(pad + side * (size + pad), below, size, size) for side in (0, 1)]  # pixels from the lower left
+        bar = (width // 3, below // 2, width // 2, below // 6)
+        shares = [np.divide(box, (width, height, width, height)) for box in (*self.boxes, bar)]
+        *self.scenes, self.bar = (self.figure.add_axes(share) for share in shares)
 
-    def __call__(self, pictures: list[Image.Image], rollout: Rollout, step: int, dt: float) -> Image.Image:
-        sheet = Image.new("RGB", (self.width, self.height), PAPER)
-        draw, unit, below = ImageDraw.Draw(sheet), self.unit, self.top + self.size
-
-        def text(x, y, words, font="text", fill=INK, anchor="lm"):
-            draw.text((x, y), words, fill=fill, font=self.fonts[font], anchor=anchor)
-
-        titles = (
-            ("Simulator", "what the rollout's actions really do"),
-            ("World model", "what it imagined from the same start"),
-        )
-        for side, (title, meaning) in enumerate(titles):
-            left = self.pad + side * (self.size + self.pad)
-            text(left, 12 * unit, title, "title")
-            text(left, 30 * unit, meaning, "small", GREY)
-            reward = f"reward {rollout.reward[side, step - 1]:.2f}" if step else "the real start"
-            text(left, below + 14 * unit, reward)
-            if self.has_rule:
-                words, how = "not fallen", ("text", INK)
-                if rollout.fallen[side, step]:
-                    words, how = f"fallen at step {np.argmax(rollout.fallen[side])}", ("bold", RED)
-                text(left + self.size, below + 14 * unit, words, *how, "rm")
-        line = below + 42 * unit
-        text(self.pad, line, f"step {step} of {len(rollout.error) - 1}", "bold")
-        text(self.pad + 92 * unit, line, "error of the state")
-        start, end, error = self.pad + 214 * unit, self.width - self.pad - 66 * unit, rollout.error[step]
-        full = start + (end - start) * min(error / BAR_END, 1)
-        draw.rectangle((start, line - 7 * unit, end, line + 7 * unit), fill=(230, 230, 230))
-        if full - start >= 1:
-            draw.rectangle((start, line - 7 * unit, full, line + 7 * unit), fill=RED if error > BAR_END else BLUE)
-        for part in (0, 0.5, 1):
-            x = start + part * (end - start)
-            draw.line((x, line - 7 * unit, x, line + 10 * unit), fill=GREY)
-            text(x, line + 16 * unit, f"{part * BAR_END:g}", "small", GREY, "mm")
-        text(self.width - self.pad, line, f"{error:.2f} std", "bold", RED if error > BAR_END else INK, "rm")
-        text(self.pad, line + 18 * unit, f"{1000 * step * dt:.0f} ms", "small", GREY)
-        title = f"{self.caption}, rollout {rollout.number:,}{rollout.title}"
-        text(self.pad, below + 80 * unit, title, "small", GREY)
-        legend = "blue outline, in both pictures: the simulator's robot; std: standard deviations of the real data"
-        text(self.pad, below + 95 * unit, legend, "small", GREY)
-        for side, picture in enumerate(pictures):  # last: no word of a small sheet may reach into them
-            sheet.paste(picture, (self.pad + side * (self.size + self.pad), self.top))
-        return sheet
+    def __call__(self, robots, middle: float, span: float, rollout: Rollout, step: int, dt: float) -> Image.Image:
+        meanings = "Simulator\nwhat the actions really do", "World model\nwhat it imagined"
+        for side, (axis, meaning) in enumerate(zip(self.scenes, meanings, strict=True)):
+            draw_scene(axis, middle, span, robots[side], robots[0])
+            axis.set_title(meaning, fontsize=9)
+            told = f"reward {rollout.reward[side, step - 1]:.2f}" if step else "the real start"
+            fallen = rollout.fallen[side, step]
+            told += f", fallen at step {np.argmax(rollout.fallen[side])}" if fallen else ""
+            axis.set_xlabel(told, fontsize=8, color=RED if fallen else "black")
+        error = rollout.error[step]
+        self.bar.clear()
+        self.bar.barh(0, min(error, BAR_END), color=RED if error > BAR_END else BLUE)
+        self.bar.set(xlim=(0, BAR_END), yticks=[])
+        self.bar.tick_params(labelsize=7)
+        self.bar.set_ylabel(f"step {step}, {1000 * step * dt:.0f} ms\nerror {error:.2f} sd",
+                            fontsize=8, rotation=0, ha="right", va="center")  # fmt: skip
+        self.bar.set_xlabel(f"{self.caption}, rollout {rollout.number:,}{rollout.title}\n"
+                            "blue: the simulator's robot; sd: of the real data", fontsize=7)  # fmt: skip
+        return snapshot(self.figure)
 
 
-def draw_frames(env, size: int, rollouts: list[Rollout], sheet: Sheet) -> list[Image.Image]:
+def draw_frames(env, sheet: Sheet, rollouts: list[Rollout]) -> list[Image.Image]:
     """A frame for every state of every rollout. All have one scale; each rollout has one place of the camera."""
     model, data, frames = env.model, mujoco.MjData(env.model), []
     shapes = [
@@ -277,27 +226,16 @@ def draw_frames(env, size: int, rollouts: list[Rollout], sheet: Sheet) -> list[I
         boxes.append((ends[:, 0].min(), ends[:, 0].max(), ends[:, 1].max()))
     span = min(max(max(right - left, high / 0.88) for left, right, high in boxes) + 0.2, WIDEST)
     for rollout, sides, (left, right, _) in zip(rollouts, shapes, boxes, strict=True):
-        view = View(size * FINE, span, (left + right) / 2)
         for step, robots in enumerate(zip(*sides, strict=True)):
-            pictures = [draw_sticks(view, robot) for robot in robots]
-            for picture in pictures:
-                draw_outline(picture, view, robots[0])
-            frames.append(sheet([picture.reduce(FINE) for picture in pictures], rollout, step, env.dt))
+            frames.append(sheet(robots, (left + right) / 2, span, rollout, step, env.dt))
     return frames
 
 
 def write_gif(path: Path, frames: list[Image.Image], durations: list[int]) -> int:
-    """All frames with one palette, else the background would flicker -> bytes written."""
-    some = frames[:: max(1, len(frames) // 8)]
-    strip = Image.new("RGB", (some[0].width, some[0].height * len(some)))
-    for i, frame in enumerate(some):
-        strip.paste(frame, (0, i * frame.height))
-    palette = strip.quantize(120, dither=Image.Dither.NONE)
-    signals = [value for colour in (INK, GREY, RED, BLUE, PAPER) for value in colour]  # too few pixels to be found
-    palette.putpalette(palette.getpalette()[: 3 * 120] + signals)
-    first, *others = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
+    """Bytes written. No dither, which would flicker."""
+    first, *others = (frame.quantize(dither=Image.Dither.NONE) for frame in frames)
     buffer = BytesIO()
-    first.save(buffer, "GIF", save_all=True, append_images=others, duration=durations, loop=0, optimize=False)
+    first.save(buffer, "GIF", save_all=True, append_images=others, duration=durations, loop=0)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda file: file.write(buffer.getvalue()))
@@ -312,8 +250,7 @@ def main(options: Args) -> None:
     parts = load_rollouts(options.run)
     stepper = Stepper(parts.dataset, parts.args.physics)
     rollouts, env = choose(options, parts, stepper), stepper.env
-    sheet = Sheet(options.size, parts.args.env_id, parts.dataset.healthy_low is not None)
-    frames = draw_frames(env, options.size, rollouts, sheet)
+    frames = draw_frames(env, Sheet(options.size, parts.args.env_id), rollouts)
     hold = round(1000 / options.fps)
     durations = [duration for found in rollouts for duration in (*[hold] * (len(found.error) - 1), 3 * hold)]
     out = options.out or options.run / "imagined.gif"

@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageSequence
 from toy import ROOT
 
-HORIZON, ROLLOUTS, SIZE = 2, 3, 40
+HORIZON, ROLLOUTS, SIZE = 2, 3, 128
 
 
 def true_run(simulator: str) -> SimpleNamespace:
@@ -54,11 +54,11 @@ def show(monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(render, "load_rollouts", lambda folder: parts)
         given = dict(run=tmp_path, size=SIZE) | options
         render.main(render.Args(**given))
-        sheet = render.Sheet(SIZE, "", True)
-        sides = [sheet.pad + side * (SIZE + sheet.pad) for side in (0, 1)]
+        boxes = render.Sheet(SIZE, "").boxes
         with Image.open(tmp_path / "imagined.gif") as gif:
             frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(gif)]
-        pictures = [[frame[sheet.top : sheet.top + SIZE, x : x + SIZE] for x in sides] for frame in frames]
+        pictures = [[frame[len(frame) - y - high : len(frame) - y, x : x + wide] for x, y, wide, high in boxes]
+                    for frame in frames]  # fmt: skip
         return pictures, capsys.readouterr().out
 
     return run
