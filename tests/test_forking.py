@@ -13,7 +13,6 @@ from common.stages import stage_source
 
 import pytest
 import torch
-from mark_copies import marked
 from test_source import copy_faults, marked_definitions
 from toy import ROOT, TINY, TOY, hopper_arguments, linear_dataset, run
 
@@ -96,17 +95,6 @@ def test_markers_are_written_as_the_rule_wants_them(fork, guide):
     assert copy_faults(scripts) == [] and scripts["dawm_td3bc.py"].keys() <= scripts[fork].keys()
 
 
-def test_markers_that_stand_there_are_brought_up_to_date():
-    homes = {"a": ("x.py", "def a(): 1"), "b": ("x.py", "def b(): 1"), "c": ("x.py", "@d\ndef c(): 1")}
-    text = "# Adapted from x.py: why\ndef a(): 2\n\n# Copied from x.py\ndef b(): 2\n\n# A note\n@d\ndef c(): 1\n\n"
-    text = marked(text + "# Copied from x.py\ndef new(): 3\n", homes)
-    assert text == (
-        "# Adapted from x.py: why\ndef a(): 2\n\n# Adapted from x.py: FILL IN what differs\ndef b(): 2\n\n"
-        "# A note\n# Copied from x.py\n@d\ndef c(): 1\n\ndef new(): 3\n"
-    )
-    assert marked(text, homes) == text
-
-
 @cache
 def stage_sources(script) -> list:
     names = "train_world_model", "train_inverse_dynamics", "synthesize"
@@ -115,7 +103,7 @@ def stage_sources(script) -> list:
 
 @pytest.mark.parametrize(
     "old, new, changed",
-    [  # a row of the guide's table each; what is built on a changed stage follows by its fingerprint
+    [  # the rows of the guide's table, and constants; what is built on a changed stage follows by its fingerprint
         ("a denoiser and the units it works in.", "a denoiser and its units.", []),
         ("# [DWM App.]; DD's code: half", "# another comment", []),
         ("* q.mean() + bc_loss", "* q.mean() + 2 * bc_loss", []),
@@ -127,6 +115,8 @@ def stage_sources(script) -> list:
         ("values.std(0) + 1e-6", "values.std(0) + 1e-5", [0, 2]),
         ("low - (high - low) / 4", "low - (high - low) / 5", [0, 1, 2]),
         ("idm_width: Count = 1024", "idm_width: Count = 512", []),  # no code: the argument's value tells
+        ('"walker2d-medium-v2": (550', '"walker2d-medium-v2": (551', [0, 1, 2]),  # read by what Windows calls
+        ("def check_args(", 'TASKS["a"] = 1, 0.5\n\n\ndef check_args(', [0, 1, 2]),  # changed behind its definition
     ],
 )
 def test_the_guide_tells_which_stages_an_edit_makes_anew(old, new, changed, tmp_path, monkeypatch):

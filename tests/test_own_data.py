@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 from minari.data_collector import EpisodeBuffer
+from test_policy import policy
 from toy import SCRIPTS, child, folders_below, metrics, run
 
 ACTORS = ("dawm_td3bc", "dawm_iql", "baselines.polygrad", "baselines.diamond")  # one script for each kind of actor
 
 
-def record(env: gym.Env, name: str, steps: int = 50) -> None:
+def record(env: gym.Env, name: str, steps: int) -> None:
     """20 episodes of random actions, in the set MINARI_DATASETS_PATH/name."""
     buffers, rng = [], np.random.default_rng(0)
     for episode in range(20):
@@ -61,7 +62,10 @@ def short(arguments: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["Pendulum", "RescaleAction"])
 def test_every_script_is_scored_in_the_sets_own_environment(folders, wrapped):
-    """Through a wrapper one script with an agent and one planner: undoing it is common/'s."""
+    """Through a wrapper one script with an agent and one planner: undoing it is common/'s.
+
+    experiments/policy.py tells returns and no score; where gymnasium has no picture (without pygame), it says so.
+    """
     env, name = gym.make("Pendulum-v1", max_episode_steps=20), "own/pendulum-v0"
     record(gym.wrappers.RescaleAction(env, -1.0, 1.0) if wrapped else env, name, steps=20)
     for module in ("dawm_td3bc", "baselines.decision_diffuser") if wrapped else SCRIPTS:
@@ -76,6 +80,10 @@ def test_every_script_is_scored_in_the_sets_own_environment(folders, wrapped):
             assert log.read_text().splitlines()[-1] == f"mean {final!r}", module
             assert f"return {final:8.1f}" in result.text
     (folder,) = folders.glob("runs/*__dawm_td3bc__*")
+    gif = folders / "policy.gif"
+    told = policy(folders, folder, "--starts", 1, "--gif", gif)
+    assert {row[-1] for row in told.rows.values()} == {"none"}
+    assert gif.exists() or "gives no picture (DependencyNotInstalled: " in told.text
     export.main(export.Args(folder, minari="own/made-v0"))
     rows, exported = load_run(folder).rollouts, load_dataset("own/made-v0")
     assert np.array_equal(exported.action, rows["rows"][rows["valid"]][:, 3:4].numpy())

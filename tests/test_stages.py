@@ -1,139 +1,20 @@
 """common/stages.py and run.py: what a stage's key hashes, and that a kept result is whole, its own, and made once.
 
-Kills, damage and many processes are in tests/faults.
+Which code it hashes is in test_forking.py; kills, damage and many processes are in tests/faults.
 """
 
-import importlib.util
 import json
-import os
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import dawm_td3bc as script
 from common import UserError
 from common.run import Run
-from common.stages import depends, stage_source
+from common.stages import depends
 from dawm_td3bc import Args
 
 import pytest
 import torch
-from toy import child, new_run, without_times
-
-# ---- The source of a stage
-
-MODULE = '''
-"""A script."""
-import math
-
-SCALES = {"hopper": 400}
-LIMIT = 3
-
-
-class Args:
-    rate: float = 0.1
-
-
-class Model:
-    """A class that only an annotation names."""
-
-    def __init__(self, args: Args):
-        self.args = args
-
-    def size(self):
-        return self.args.width * 2
-
-
-class Unread:
-    pass
-
-
-def deeper(args):
-    """Called by what the stage calls."""
-    return args.depth - SCALES["hopper"]
-
-
-def helper(args, x):
-    # a comment
-    return x + args.rate * deeper(args)
-
-
-def stage(args: Args, model: Model, run):
-    """Train."""
-    return helper(args, LIMIT) + model.size() + run.args.shared + run.other
-
-
-def unrelated(args, x):
-    return args.elsewhere + stage(args, x, x)
-'''
-FIELDS = ["depth", "rate", "shared", "width"]  # read by the stage, what it calls, that again, an annotation's class
-
-
-@pytest.fixture
-def source_of(tmp_path, monkeypatch):
-    """Write a module, import it, and ask for its function `stage`."""
-
-    def source_of(text):
-        name = f"module_{len(list(tmp_path.iterdir()))}"
-        (tmp_path / f"{name}.py").write_text(text)
-        spec = importlib.util.spec_from_file_location(name, tmp_path / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, module)
-        spec.loader.exec_module(module)
-        return stage_source(module.stage)
-
-    return source_of
-
-
-def edited(*changes):
-    text = MODULE
-    for old, new in changes:
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
-    return text
-
-
-def test_words_order_and_what_is_not_used_do_not_matter(source_of):
-    source, fields = source_of(MODULE)
-    assert fields == FIELDS
-    for changes in (
-        [("    # a comment\n", "")],
-        [("return self.args.width * 2", "return self.args.width*2  # doubled")],
-        [('"""Train."""', '"""Train, worded\n\n    anew."""')],
-        [('    """Train."""\n', ""), ('    """Called by what the stage calls."""\n', "")],
-        [('"""A class that only an annotation names."""', '"""Another."""')],
-        [("rate: float = 0.1", "rate: float = 0.2")],  # a default is no input, its value is
-        [("return args.elsewhere + stage(args, x, x)", "return args.nowhere")],
-        [("class Unread:\n    pass", "class Unread:\n    args = LIMIT")],
-        [("import math", "import math\nimport cmath\n\nNEW = 5\n")],
-    ):
-        assert source_of(edited(*changes)) == (source, fields), changes
-    head, *rest = MODULE.strip().split("\n\n\n")
-    assert source_of("\n\n\n".join([head, *sorted(rest)])) == (source, fields)  # Args and Model still stand first
-
-
-def test_a_changed_line_in_what_is_used_matters(source_of):
-    source, _ = source_of(MODULE)
-    for change in (
-        ("return helper(args, LIMIT)", "return -helper(args, LIMIT)"),
-        ("return x + args.rate", "return x - args.rate"),  # called
-        ("return args.depth -", "return args.depth +"),  # called by the called
-        ("self.args.width * 2", "self.args.width * 3"),  # in a class of an annotation
-        ("LIMIT = 3", "LIMIT = 4"),  # a constant
-        ("LIMIT = 3\n", 'LIMIT = 3\nSCALES["hopper"] = 500\n'),  # what changes a constant later
-        ('{"hopper": 400}', '{"hopper": 550}'),  # a constant that the called reads
-        ("def stage(args: Args, model: Model, run)", "def stage(args: Args, model: Unread, run)"),
-    ):
-        assert source_of(edited(change))[0] != source, change
-
-
-def test_arguments_count_under_any_name_that_is_annotated_so(source_of):
-    renamed = edited(
-        ("def helper(args, x):", "def helper(config: Args, x):"),
-        ("return x + args.rate * deeper(args)", "return x + config.rate * deeper(config)"),
-    )
-    assert source_of(renamed)[1] == FIELDS
-
+from toy import new_run, without_times
 
 # ---- Keep and find
 
@@ -245,35 +126,6 @@ def test_a_full_disk_costs_a_shared_result_alone_and_never_the_agent(tmp_path, m
             list(stage)
 
 
-def fit(folder, stop_at: int):
-    """Six updates of a small network, each logged; a kill stands for update `stop_at`."""
-    torch.manual_seed(0)
-    layer, state = torch.nn.Linear(3, 3), {}
-    optimizer = torch.optim.Adam(layer.parameters(), lr=0.1)
-    run = new_run(folder, checkpoint_every=1e-9)
-    with run.stage(fit, 6, "update", keeps=layer, saves=(optimizer, state)) as stage:
-        for step in stage:
-            if step == stop_at:
-                raise KeyboardInterrupt
-            loss = layer(torch.randn(5, 3)).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            state |= {"value": loss.item(), "tensors": [loss.detach()]}
-            run.log(step, {"loss": loss})
-    weights = [parameter.tolist() for parameter in layer.parameters()]
-    return stage.at, weights, state["value"], run.history["loss"], torch.rand(3).tolist()
-
-
-def test_a_checkpoint_restores_networks_optimizers_dicts_random_streams_and_metrics(tmp_path):
-    whole = fit(tmp_path / "whole", 0)
-    with pytest.raises(KeyboardInterrupt):
-        fit(tmp_path / "cut", 4)
-    assert len(list((tmp_path / "cut").rglob("*.pt"))) == 2
-    assert fit(tmp_path / "cut", 0) == whole and whole[0] == 6
-    assert not list(tmp_path.rglob("*.pt"))
-
-
 # ---- Finished runs
 
 
@@ -305,17 +157,3 @@ def test_a_finished_run_is_not_loaded_from_other_data_or_without_its_results(tmp
     again.fingerprints["data"] = "data"
     with pytest.raises(UserError, match=f"{run.folder} has no .*world_model-.*: made by other code, or deleted"):
         find_or_make(again)
-
-
-# ---- The children of all tests
-
-
-def say_where_you_come_from() -> None:
-    print("variants.joint_td3bc" in sys.modules, len(list(Path(f"/proc/{os.getppid()}/task").iterdir())))
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted by Linux's /proc")
-def test_children_come_from_a_warm_process_of_one_thread(tmp_path):
-    """Forked from one with several, a child may hang: newer Pythons warn of it."""
-    child(say_where_you_come_from, log=tmp_path / "log").join()
-    assert (tmp_path / "log").read_text() == "True 1\n"

@@ -17,9 +17,7 @@ from dawm_td3bc import Args
 
 import h5py
 import numpy as np
-import pytest
 import torch
-from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(env_id="linear", unet_width=16, unet_multipliers=(1, 2), outcome_width=64, device="cpu")
@@ -176,18 +174,6 @@ def hopper_run(module: str, folder: Path, *options) -> str:
     return result.text
 
 
-def refusal(script, arguments, folder, capsys, monkeypatch) -> str:
-    """What a script's command line says to bad arguments, in this process: one line, code 2, and no run folder left."""
-    arguments = [*map(str, folders_below(folder)), *arguments]
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        script.run_script(script.main, script.Args, script.LAPTOP, getattr(script, "PRESETS", None))
-    assert stop.value.code == 2 and not list(folder.rglob("*__*"))
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1, error
-    return error
-
-
 def wait_for(condition, minutes: float = 10):
     """What condition() gives, as soon as that is true."""
     stop = time.monotonic() + 60 * minutes
@@ -195,29 +181,6 @@ def wait_for(condition, minutes: float = 10):
         assert time.monotonic() < stop, "what was waited for never came"
         time.sleep(0.002)
     return found
-
-
-def load_elsewhere(module: str, folder: Path, log: Path) -> None:
-    """Another process, which has the folder alone, finds every stage, the last evaluation's actor and the rollouts."""
-    process = child(_load, module, folder, log=log)
-    process.join()
-    assert process.exitcode == 0, log.read_text()
-
-
-def _load(module: str, folder: Path) -> None:
-    parts = importlib.import_module(module).load_run(folder)
-
-    @torch.no_grad()
-    def policy(obs):
-        act = getattr(parts, "actor", None)
-        return act(torch.as_tensor(obs)).numpy() if act else parts.planner(obs, parts.evaluator.running)
-
-    returns = [line["eval/episodic_return"] for line in metrics(folder) if "eval/episodic_return" in line]
-    assert parts.evaluator(policy, seed=parts.args.seed + 100).mean() == returns[-1]
-    stages, made = json.loads((folder / "stages.json").read_text()), {**vars(parts)}
-    made = made.get("rollouts") or made.get("futures")
-    for name, tensor in load_file(stages["synthesize"]).items() if "synthesize" in stages else ():
-        assert torch.equal(made[name], tensor), name
 
 
 def metrics(folder: Path) -> list[dict]:
