@@ -100,36 +100,18 @@ def test_losses_by_hand():
     assert action_loss.item() == pytest.approx(np.mean(squares), rel=1e-14)
 
 
-def test_an_unknown_action_gives_no_gradient_and_no_nan():
-    *_, model = make_model()
-    action = torch.full((3, 8, 2), torch.nan).double()
-    action[0, 0] = 0.5
-    sum(model.losses(torch.randn(3, 8, 2).double(), action, torch.zeros(3, 1).double(), torch.ones(3, 1))).backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters())
-
-
-@pytest.mark.parametrize("prediction", ["noise", "x0"])
-@pytest.mark.parametrize("warm", [False, True])
-def test_the_first_state_is_in_its_place_at_every_denoising_step(prediction, warm):
-    args, windows, model = make_model(prediction=prediction, diffusion_steps=10, sampling_steps=10, warm_start_steps=6)
-    first, seen = model.units.normalize(windows.obs[:4]), []
-    model.denoiser.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0][:, 0].clone()))
-    previous = torch.randn(4, 8, 2).double() if warm else None
-    plans = script.sample_plans(args, model, first, torch.zeros(4, 1).double(), normal(4, 8, 2), previous)
-    assert len(seen) == (6 if warm else 10)
-    assert all(torch.equal(x, torch.cat([first, first])) for x in seen) and torch.equal(plans[:, 0], first)
-
-
 @pytest.mark.parametrize("prediction", ["noise", "x0"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])
 @pytest.mark.parametrize("warm", [False, True])
-def test_with_an_oracle_any_number_of_steps_gives_its_plan(prediction, steps, warm):
+def test_with_an_oracle_any_number_of_steps_gives_its_plan_and_sees_its_first_state(prediction, steps, warm):
     args, windows, model = make_model(prediction=prediction, sampling_steps=steps, warm_start_steps=5)
-    plan = model.units.normalize(windows.obs[windows.rows(torch.arange(4))])
+    plan, seen = model.units.normalize(windows.obs[windows.rows(torch.arange(4))]), []
     model.denoiser = Oracle(args, plan.repeat(2, 1, 1), script.cosine_alpha_bar(args.diffusion_steps))
+    model.denoiser.register_forward_pre_hook(lambda _, given: seen.append(given[0][:, 0].clone()))
     previous = torch.randn_like(plan) if warm else None
     made = script.sample_plans(args, model, plan[:, 0], torch.zeros(4, 1), normal(4, 8, 2), previous)
     torch.testing.assert_close(made, plan, rtol=0, atol=1e-12)
+    assert len(seen) == steps and all(torch.equal(x, plan[:, 0].repeat(2, 1)) for x in seen)
 
 
 @pytest.mark.parametrize("scale, expected", [(0.0, -1.0), (1.0, 1.0), (1.5, 2.0)])

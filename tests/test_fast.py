@@ -69,15 +69,8 @@ def test_mish_is_mish():
     # In single precision the same, but for x below -88, where 1 / h overflows and the result, some 1e-37, becomes 0.
     single = fast.MishFunction.apply(x.float()).double()
     assert ((single - theirs[0]).abs() <= 1e3 * torch.finfo(torch.float32).eps * theirs[0].abs() + 1e-36).all()
-
-
-def test_gradcheck():
-    x = torch.randn(2, 8, 3, dtype=torch.float64, requires_grad=True)
-    for part in (nn.Conv1d(8, 8, 5, padding=2), nn.Conv1d(8, 2, 1), nn.GroupNorm(1, 8), nn.Mish()):
-        quick = fast.on_cpu(part.double())
-        assert torch.autograd.gradcheck(quick, layouts(x.detach())[1].requires_grad_())
     with pytest.raises(RuntimeError, match="does not require grad"):  # rather than a wrong second derivative
-        (slope,) = torch.autograd.grad(fast.MishFunction.apply(x).sum(), x, create_graph=True)
+        (slope,) = torch.autograd.grad(fast.MishFunction.apply(x.requires_grad_()).sum(), x, create_graph=True)
         torch.autograd.grad(slope.sum(), x)
 
 

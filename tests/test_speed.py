@@ -7,11 +7,8 @@ import sys
 
 import dawm_iql
 import dawm_td3bc
-from common.data import load_dataset
-from common.evaluation import Evaluator, make_env
 from common.run import Run
 
-import numpy as np
 import plain
 import pytest
 import speed
@@ -33,9 +30,14 @@ def rows() -> torch.Tensor:
 
 
 def test_td3bc_is_the_usual_one():
-    """Eight updates on the same batches with the same noise: all parameters and targets agree."""
+    """Eight updates on the same batches with the same noise: all parameters and targets agree.
+
+    The actors' actions lie near 1, so that with the noise they meet their clip.
+    """
     data = rows()
     agent = dawm_td3bc.TD3BC(dawm_td3bc.Args(), data[:, :5].float(), 2).double()
+    for net in (agent.actor, agent.actor_target):
+        net.net[-1].bias.data += 1.5
     usual = plain.TD3BC(agent.actor, agent.qf1, agent.qf2)
     for update in range(8):
         torch.manual_seed(update)
@@ -64,17 +66,6 @@ def test_inverse_dynamics_is_the_usual_one():
     normalised = model.normalize(triples).numpy()
     trainer = plain.InverseDynamicsTrainer(model.mean, model.log_std, normalised, action.numpy())
     close([model.log_prob(triples, action)], [trainer.log_prob(torch.from_numpy(normalised), action)])
-
-
-def test_episodes_side_by_side_are_episodes_one_by_one(toy):
-    """One policy that acts on each row by itself: to the last digit."""
-    weights = np.random.default_rng(0).normal(size=(11, 3)).astype(np.float32)
-
-    def policy(obs):
-        return np.stack([np.tanh(row @ weights) for row in obs])
-
-    env, dataset = make_env("Hopper-v4", "d4rl"), load_dataset("hopper-medium-v2", toy / "data.hdf5")
-    assert Evaluator(dataset, "auto", 4)(policy, seed=7).tolist() == plain.evaluate(env, policy, 4, 7)[0]
 
 
 def td3bc_operations(batch=256) -> float:
