@@ -126,18 +126,6 @@ def test_a_run_is_audited(toy_run, capsys):
     assert (toy_run / "audit.png").stat().st_size > 20_000
 
 
-def test_an_exact_set_has_no_error(toy_run, monkeypatch):
-    """Rows that are the data themselves get the floor's errors, and their own actions explain them."""
-    parts = audit.load_rollouts(toy_run)
-    real = parts.script.real_transitions(parts.dataset, torch.device("cpu"))[:, None]
-    parts.rollouts, parts.args.horizon = {"rows": real, "valid": torch.ones(real.shape[:2], dtype=torch.bool)}, 0
-    monkeypatch.setattr(audit, "load_rollouts", lambda folder: parts)
-    found = audited(toy_run, pairs=0)
-    exact = found["simulator"]["step 0"]
-    assert exact["state"]["max"] < 1e-5 and exact["falls"]["told"] == exact["falls"]["both"]
-    assert found["action"][0]["its part"]["max"] < 1e-4 and found["likeness"][0]["marginals"] == 1
-
-
 @pytest.mark.parametrize("module, step", [("baselines.diamond", "step 2"), ("baselines.synther", "step 0")])
 def test_a_run_is_audited_but_for_what_has_no_start(module, step, made, capsys):
     audit.main(audit.Args(made(module)[0], rows=100, actions=6, threads=1))
