@@ -38,18 +38,6 @@ def test_a_result_with_nan_is_not_kept(tmp_path):
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_the_message_names_stage_step_checkpoint_and_causes(tmp_path):
-    run = new_run(tmp_path)
-    run.last_checkpoint = tmp_path / "000000000100.pt"
-    with pytest.raises(UserError) as error:
-        run.log(500, {"world_model/loss": float("nan")})
-    text = str(error.value)
-    assert re.match(
-        r"world_model/loss became nan by update 500; the last good checkpoint is .*000000000100\.pt; ", text
-    )
-    assert "learning rate" in text and "guidance" in text and "\n" not in text
-
-
 def test_values_beyond_their_bound_are_told_once(tmp_path, capsys):
     run = new_run(tmp_path)
     run.bounds["agent/qf_target"] = 300.0
@@ -76,12 +64,13 @@ def diverge(module: str, arguments: list[str]) -> None:
 
 
 def test_a_run_that_diverges_stops_at_the_next_log_step(tmp_path):
-    """Exit code 2 and one line; the same command goes on before that."""
+    """Exit code 2 and one line that names the last good checkpoint; the same command goes on from there."""
     line = command(tmp_path, "--synthetic-fraction", "0", "--checkpoint-every", "2e-4")
     code, log = finish(diverge, *line, log=tmp_path / "log"), (tmp_path / "log").read_text()
     assert code == 2 and "Traceback" not in log and "likely causes" in log, log[-1500:]
     assert re.search(r"error: .*stage agent|error: agent/\w+ became nan by update 30", log)
     kept = list((tmp_path / "runs").rglob("*.pt"))
     assert kept and all(int(path.stem) < 25 for path in kept)
+    assert f"; the last good checkpoint is {max(kept)}; " in log
     assert finish(run_script, *line, log=tmp_path / "again") == 0
     assert re.search(r"agent +goes on at [12]?\d of 40", (tmp_path / "again").read_text())
