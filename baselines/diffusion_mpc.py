@@ -8,7 +8,7 @@
 4. A third network learns the return of a window of states and actions. The agent is the planner: it draws candidates
    from the second model, their states from the first, scores each with the third and takes the best one's first action
    (section 6).
-5. All evaluation episodes are planned as one batch in the simulator (section 7).
+5. All evaluation episodes are planned as one batch in the simulator (section 6).
 
 DAWM infers actions from states that it has imagined; D-MPC imagines the states from actions that it has proposed.
 

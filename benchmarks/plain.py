@@ -1,9 +1,9 @@
 """The hot loops as implementations of this family mostly write them: a yardstick for speed.py, and a check.
 
-The mathematics is that of the scripts, whose networks it takes (the U-Net without fast.on_cpu). The form is the usual
-one: one network call for each critic and each guidance branch, an optimizer for each network that loops over its
-tensors, one tensor at a time in target updates, NumPy index draws, five arrays per batch, one environment at a time, a
-loss read at every update.
+The mathematics is that of the scripts but for a sample's clamp, and so are the networks (without fast.on_cpu). The form
+is the usual one: one network call for each critic and each guidance branch, an optimizer for each network that loops
+over its tensors, one tensor at a time in target updates, NumPy index draws, five arrays per batch, one environment at a
+time, a loss read at every update.
 """
 
 import copy

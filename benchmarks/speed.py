@@ -10,7 +10,7 @@ for several rounds; told are medians over the rounds and their quartiles. Ours a
 run runs them: only the stage is replaced by a clock. "plain" is the same mathematics in the usual form (plain.py).
 d3rlpy is left out with a word where `make peers` has not installed it.
 
-    A    world model: one update, width 32 x (1, 4, 8), 8 tokens, batch 64; ours has a network beside the U-Net
+    A    world model: one update, width 32 x (1, 4, 8), 8 tokens, batch 64; a network beside the U-Net
     A128 as A with width 128, the paper's
     B    synthesis: transitions, N = 3 of K = 5, two guidance branches, actions filled in (width 256), network of A
     B128 the same with the network of A128

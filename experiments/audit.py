@@ -13,6 +13,7 @@ Each step of the rollout by itself, in standard deviations (sd) of the data, wit
 4. The world model's spread: many rollouts from held-out real pairs, asked for their true return-to-go. Error of their
    mean, spread, CRPS, how often the truth lies outside of all, and the error of a single rollout; beside them five
    one-step Gaussian networks with as many parameters and at most as many updates [PETS].
+5. Where rows have a kept uncertainty (variants/uncertain_td3bc.py): does it rank their errors?
 
 Printed, and written to the run's folder as audit.json and audit.png.
 
@@ -123,7 +124,7 @@ def check(stepper: Stepper, rows: Rows, obs_sd: np.ndarray, reward_sd: float, na
 
 
 def ranking(stepper: Stepper, parts, sizes: list[int], count: int) -> dict[str, dict]:
-    """Whether the rows' kept uncertainty ranks their state errors, by step and of all: the rank correlation [Spearman],
+    """Whether the rows' kept uncertainty ranks their state errors, by step and of all: Spearman's rank correlation,
     and the mean error of each tenth of the rows in order of uncertainty, in standard deviations of the changes."""
     holds = parts.rollouts["rows"].clone()
     holds[..., sizes[0] + sizes[1]] = parts.rollouts["uncertainty"]  # in the place of the reward

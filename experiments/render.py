@@ -161,7 +161,7 @@ def blank(width: int, height: int) -> Figure:
 
 
 def draw_scene(axis, middle: float, span: float, robot: list[tuple], ghost: list[tuple] = ()) -> None:
-    """A floor with a mark every tenth of a metre, `span` metres around x = `middle`; a robot, and before that a ghost,
+    """A floor with a mark every tenth of a metre, `span` metres around x = `middle`; a robot, and behind it a ghost,
     all blue and a little thicker."""
     axis.clear()
     axis.set(xlim=(middle - span / 2, middle + span / 2), ylim=(-span / 10, 0.9 * span), xticks=[], yticks=[])
@@ -240,7 +240,7 @@ def write_gif(path: Path, frames: list[Image.Image], durations: list[int]) -> in
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda file: file.write(buffer.getvalue()))
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}); give another --out")
+        raise UserError(f"cannot write {path} ({error.strerror}); give another path")
     return len(buffer.getvalue())
 
 

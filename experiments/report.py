@@ -306,11 +306,13 @@ def section(table: str, rows: list[Row], paper: bool) -> str:
         )
     arms = "; ".join(f"`{x}` is {LEARNERS[x][0]} {LEARNERS[x][1]}".rstrip() for x in present)
     modules = {LEARNERS[x][0] for x in present}
-    reasons = defaultdict(list)
+    fields, alike = defaultdict(list), defaultdict(list)
     for (module, field), why in APART.items():
         if module in modules:
-            reasons[module, why].append(field)
-    apart = "".join(f" {', '.join(fields)} of {module}: {why}." for (module, why), fields in reasons.items())
+            fields[module, why].append(field)
+    for (module, why), names in fields.items():
+        alike[", ".join(names), why].append(module)
+    apart = "".join(f" {names} of {', '.join(some)}: {why}." for (names, why), some in alike.items())
     text += wrapped(f"The arms are alike in all arguments that they have in common, but for these: {arms}.{apart}")
     text += f"![Learning curves of each task and the performance profile]({picture}.png)\n"
     printed = published("table2" if table == "first" else table)

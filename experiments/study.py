@@ -104,8 +104,9 @@ APART = {
         ("dwm_baseline", "policy_delay", "the agent's own"),
         ("baselines.ssorl", "policy_delay", "the agent's own"),
         ("baselines.one_step", "preset", "the names of its own defaults"),
-        *((f"baselines.{name}", "world_model_lr", "DAWM's is twice as high and falls, this one stays")
-          for name in ("one_step", "decision_diffuser", "diffuser", "diffusion_mpc")),
+        *((f"baselines.{name}", "world_model_lr", "its own, which does not fall")
+          for name in ("one_step", "decision_diffuser", "diffuser")),
+        ("baselines.diffusion_mpc", "world_model_lr", "its own, which warms up and falls to another end"),
         ("baselines.decision_diffuser", "target_return", "a planner asks at states whose own return nobody knows"),
         ("baselines.diffuser", "plan_horizon gamma termination_penalty unet_width unet_multipliers diffusion_steps",
          "its own network and value, which its guidance scales go with"),
@@ -124,8 +125,8 @@ APART = {
     )
     for name in names.split()
 }  # fmt: skip
-GIVEN = {"env_id", "seed", "exp_name", "run_dir", "stage_dir"}  # by the grid, to each run
-# That a script fills in where they are None.
+GIVEN = {"env_id", "seed", "exp_name", "run_dir"}  # by the grid, to each run
+# Arguments that a script fills in where they are None.
 BY_AGENT = {"policy_delay", "lambda_return", "plan_horizon", "unet_multipliers", "guide_scale", "guide_stop"}
 GENERATOR = ("world_model_", "unet_", "outcome_", "ema_", "idm_", "synthesis_", "sampling_")  # no control reads these
 PLACES = {"run_dir", "stage_dir", "exp_name", "checkpoint_every", "track", "wandb_project"}  # move no score

@@ -8,8 +8,8 @@ Runs that differ in nothing but the agent's seed and the data set form one row, 
   repeated calls. Of the row's first run.
 * generation, s per million transitions: what the run's kept stage took to make its synthetic set, as it was recorded,
   or else one batch of rollouts made now. Not of planners, which make none. DWM's steps have no action.
-* score: D4RL's, or a return where there is none; mean and standard deviation (n - 1) over seeds of the final
-  evaluation, for each data set.
+* score: D4RL's, or a return where there is none; of the evaluations in the second half of the training, mean and
+  standard deviation (n - 1) over seeds, for each data set.
 * audit, next state: median error against the simulator at the first and at the last step of the rollouts, in standard
   deviations of the data; of the row's first run that experiments/audit.py has been through.
 * budget: updates of the world model and of the agent, and the mean minutes of a run, without what it found kept.
@@ -87,7 +87,8 @@ def rows_of(folders: list[Path]) -> list[list[SimpleNamespace]]:
         run.folder, run.args = folder, run.content["args"]
         if not run.metrics["eval/episodic_return"]:
             raise UserError(f"{folder} was never evaluated")
-        run.final = (run.metrics["eval/normalized_score"] or run.metrics["eval/episodic_return"])[-1]
+        values = run.metrics["eval/normalized_score"] or run.metrics["eval/episodic_return"]
+        run.settled = statistics.mean(values[len(values) // 2 :])
         same = {name: value for name, value in run.args.items() if name not in APART}
         groups[run.content["module"] + json.dumps(same, sort_keys=True)].append(run)
     return list(groups.values())
@@ -98,7 +99,7 @@ def row(runs: list[SimpleNamespace], sets: list[str]) -> list[str]:
     parts = load_run(first.folder)
     torch.set_num_threads(1)  # a run sets its own
     seconds = generation(first.folder, parts)
-    scores = {name: [run.final for run in runs if run.args["env_id"] == name] for name in sets}
+    scores = {name: [run.settled for run in runs if run.args["env_id"] == name] for name in sets}
     counts = [f"{args[name]:,}" if name in args else "-" for name in ("world_model_steps", "agent_updates")]
     return [
         args["exp_name"],

@@ -1,7 +1,7 @@
 """How exact is the world model after how long a training? Its errors against the simulator, one training a length.
 
     python experiments/training_time.py runs/RUN_FOLDER --updates 2500 5000 10000    # of dawm_td3bc.py, say
-    python experiments/training_time.py --plot runs/training_time/*                  # all of them in one picture
+    python experiments/training_time.py --plot runs/training_time/*__*                  # all of them in one picture
 
 The run's world model is trained anew with its own arguments, but for the length. Rollouts from `pairs` real pairs, with
 actions by the run's inverse dynamics, are then held against the simulator, as experiments/audit.py does.
@@ -49,7 +49,7 @@ def errors(parts, world_model, pairs: int) -> dict[str, float]:
     dataset, stepper = parts.dataset, Stepper(parts.dataset, parts.args.physics)
     torch.manual_seed(0)  # of every training, the same pairs and the same noise
     index = torch.randperm(len(dataset.obs))[:pairs]
-    rows, valid = parts.script.complete_rollouts(
+    rows, valid, *_ = parts.script.complete_rollouts(
         parts.args, parts.windows, world_model, parts.inverse_dynamics, index.to(parts.run.device)
     )
     rows = draw_rows(rows, valid, parts.script.row_sizes(dataset.obs.shape[1], dataset.action.shape[1]), valid.numel())

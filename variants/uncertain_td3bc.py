@@ -267,8 +267,7 @@ class Windows:
         if longest <= args.model_horizon or len(self.last) < 2:
             raise UserError(
                 f"--model-horizon {args.model_horizon} needs two episodes, one of {args.model_horizon + 1} steps, not "
-                f"{len(self.last)} of up to {longest}; lower it and --horizon (1 or more), record more, or give "
-                "--synthetic-fraction 0, which needs no windows"
+                f"{len(self.last)} of up to {longest}; lower it and --horizon (1 or more), or record more"
             )
         fits = self.start + args.model_horizon + 1 <= self.final
         self.usable = fits | dataset.terminated[self.last][self.episode]
