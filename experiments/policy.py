@@ -30,11 +30,11 @@ import numpy as np
 import torch
 import tyro
 from PIL import Image, ImageDraw
-from render import blank, capsules, draw_scene, snapshot, write_gif
+from render import SIZE, blank, capsules, draw_scene, snapshot, write_gif
 from run_folders import load_run
 from tqdm import tqdm
 
-FRAMES, MILLISECONDS, SIZE = 250, 40, 256  # of the GIF: at most; of each; pixels of a side
+FRAMES, MILLISECONDS = 250, 40  # of the GIF: at most; of each
 
 
 @tyro.conf.configure(tyro.conf.PositionalRequiredArgs)

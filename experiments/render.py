@@ -40,6 +40,7 @@ RANKED = 1000  # rollouts that --pick chooses from, drawn at random with a fixed
 BAR_END = 0.5  # standard deviations at the error bar's end
 WIDEST = 4.0  # metres in a picture, however far away a state may be imagined
 RED, BLUE, DPI = "firebrick", "dodgerblue", 100
+SIZE = 256  # pixels of a picture's side
 
 
 @tyro.conf.configure(tyro.conf.PositionalRequiredArgs)
@@ -51,7 +52,6 @@ class Args:
     rollout: tuple[int, ...] = ()  # these, by number from 0, instead of --pick and --count
     out: Path | None = None  # default: imagined.gif in the run's folder
     fps: Annotated[float, (0.1, 50)] = 2.5  # states per second; the simulator has 125 (Hopper)
-    size: Annotated[int, (128, 1024)] = 256  # pixels of each picture's side
 
 
 # ---- What to show
@@ -181,13 +181,13 @@ def snapshot(figure: Figure) -> Image.Image:
 
 
 class Sheet:
-    """Frames of two scenes of `size` pixels, the simulator's and the model's, and the error as a bar."""
+    """Frames of two scenes, the simulator's and the model's, and the error as a bar."""
 
-    def __init__(self, size: int, caption: str):
-        self.caption, pad, top, below = caption, size // 16, size // 5, size // 2
-        width, height = 2 * size + 3 * pad, top + size + below
+    def __init__(self, caption: str):
+        self.caption, pad, top, below = caption, SIZE // 16, SIZE // 5, SIZE // 2
+        width, height = 2 * SIZE + 3 * pad, top + SIZE + below
         self.figure = blank(width, height)
-        self.boxes = [(pad + side * (size + pad), below, size, size) for side in (0, 1)]  # pixels from the lower left
+        self.boxes = [(pad + side * (SIZE + pad), below, SIZE, SIZE) for side in (0, 1)]  # pixels from the lower left
         bar = (width // 3, below // 2, width // 2, below // 6)
         shares = [np.divide(box, (width, height, width, height)) for box in (*self.boxes, bar)]
         *self.scenes, self.bar = (self.figure.add_axes(share) for share in shares)
@@ -250,7 +250,7 @@ def main(options: Args) -> None:
     parts = load_rollouts(options.run)
     stepper = Stepper(parts.dataset, parts.args.physics)
     rollouts, env = choose(options, parts, stepper), stepper.env
-    frames = draw_frames(env, Sheet(options.size, parts.args.env_id), rollouts)
+    frames = draw_frames(env, Sheet(parts.args.env_id), rollouts)
     hold = round(1000 / options.fps)
     durations = [duration for found in rollouts for duration in (*[hold] * (len(found.error) - 1), 3 * hold)]
     out = options.out or options.run / "imagined.gif"

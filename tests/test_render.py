@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageSequence
 from toy import ROOT
 
-HORIZON, ROLLOUTS, SIZE = 2, 3, 128
+HORIZON, ROLLOUTS = 2, 3
 
 
 def true_run(simulator: str) -> SimpleNamespace:
@@ -52,9 +52,9 @@ def show(monkeypatch, tmp_path, capsys):
 
     def run(parts, **options) -> tuple[list, str]:
         monkeypatch.setattr(render, "load_rollouts", lambda folder: parts)
-        given = dict(run=tmp_path, size=SIZE) | options
+        given = dict(run=tmp_path) | options
         render.main(render.Args(**given))
-        boxes = render.Sheet(SIZE, "").boxes
+        boxes = render.Sheet("").boxes
         with Image.open(tmp_path / "imagined.gif") as gif:
             frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(gif)]
         pictures = [[frame[len(frame) - y - high : len(frame) - y, x : x + wide] for x, y, wide, high in boxes]
