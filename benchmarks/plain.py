@@ -98,13 +98,14 @@ def draw(data: tuple[np.ndarray, ...], batch_size: int, device) -> list[torch.Te
 class TD3BC:
     """actor(obs) and qf(obs, action) -> [B]; the networks of a script's agent, or any like them."""
 
-    def __init__(self, actor: nn.Module, qf1: nn.Module, qf2: nn.Module, lr=3e-4, bc_alpha=2.5, tau=0.005, gamma=0.99):
+    bc_alpha, tau, gamma = 2.5, 0.005, 0.99
+
+    def __init__(self, actor: nn.Module, qf1: nn.Module, qf2: nn.Module):
         self.actor, self.qf1, self.qf2 = copy.deepcopy((actor, qf1, qf2))
         self.actor_target, self.qf1_target, self.qf2_target = copy.deepcopy((actor, qf1, qf2))
         self.actor_optimizer, self.qf1_optimizer, self.qf2_optimizer = (
-            adam(net.parameters(), lr) for net in (self.actor, self.qf1, self.qf2)
+            adam(net.parameters(), 3e-4) for net in (self.actor, self.qf1, self.qf2)
         )
-        self.bc_alpha, self.tau, self.gamma = bc_alpha, tau, gamma
 
     def update(self, obs, action, reward, next_obs, terminated, update_actor: bool) -> dict[str, float]:
         with torch.no_grad():
@@ -136,13 +137,15 @@ class TD3BC:
 class IQL:
     """actor(obs) -> mean with a free log_std, qf(obs, action) and vf(obs) -> [B]; as a script's agent has them."""
 
-    def __init__(self, actor, qf1, qf2, vf, lr=3e-4, expectile=0.7, awr_beta=3.0, tau=0.005, gamma=0.99, factor=1.0):
+    expectile, awr_beta, tau, gamma = 0.7, 3.0, 0.005, 0.99
+
+    def __init__(self, actor: nn.Module, qf1: nn.Module, qf2: nn.Module, vf: nn.Module, factor: float = 1.0):
         self.actor, self.qf1, self.qf2, self.vf = copy.deepcopy((actor, qf1, qf2, vf))
         self.qf1_target, self.qf2_target = copy.deepcopy((qf1, qf2))
-        self.actor_optimizer, self.vf_optimizer = adam(self.actor.parameters(), lr), adam(self.vf.parameters(), lr)
-        self.qf_optimizer = adam([*self.qf1.parameters(), *self.qf2.parameters()], lr)
+        self.actor_optimizer, self.vf_optimizer = (adam(net.parameters(), 3e-4) for net in (self.actor, self.vf))
+        self.qf_optimizer = adam([*self.qf1.parameters(), *self.qf2.parameters()], 3e-4)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.actor_optimizer, 1_000_000)
-        self.expectile, self.awr_beta, self.tau, self.gamma, self.factor = expectile, awr_beta, tau, gamma, factor
+        self.factor = factor
 
     def update(self, obs, action, reward, next_obs, terminated) -> dict[str, float]:
         with torch.no_grad():

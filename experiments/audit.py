@@ -13,7 +13,7 @@ Each step of the rollout by itself, in standard deviations (sd) of the data, wit
 4. The world model's spread: many rollouts from held-out real pairs, asked for their true return-to-go. Error of their
    mean, spread, CRPS, how often the truth lies outside of all, and the error of a single rollout; beside them five
    one-step Gaussian networks with as many parameters and at most as many updates [PETS].
-5. Where rows have a kept uncertainty (variants/uncertain_td3bc.py): does it rank their errors?
+5. Does the rows' kept uncertainty (variants/uncertain_td3bc.py) rank their errors, or, with --members, an ensemble's?
 
 Printed, and written to the run's folder as audit.json and audit.png.
 
@@ -26,6 +26,7 @@ import math
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -34,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import UserError
 from common.cli import Count, parse_args, tell
 from common.files import write_text
+from variants.uncertain_td3bc import second_answer
 
 import numpy as np
 import torch
@@ -59,6 +61,7 @@ NAMES = {  # of the observations' dimensions
 @dataclass
 class Args:
     run: Path = tyro.MISSING  # folder of a finished run that made rollouts with a world model
+    members: tuple[Path, ...] = ()  # runs of the same with another --world-model-seed: their uncertainty as an ensemble
     rows: Annotated[int, (100, math.inf)] = 200_000  # transitions to check, drawn at random
     actions: Annotated[int, (2, math.inf)] = 4_096  # of them, whose explaining action is sought
     pairs: Annotated[int, (0, math.inf)] = 512  # held-out pairs for the world model's spread; 0 leaves it out
@@ -123,20 +126,37 @@ def check(stepper: Stepper, rows: Rows, obs_sd: np.ndarray, reward_sd: float, na
     }
 
 
-def ranking(stepper: Stepper, parts, sizes: list[int], count: int) -> dict[str, dict]:
-    """Whether the rows' kept uncertainty ranks their state errors, by step and of all: Spearman's rank correlation,
-    and the mean error of each tenth of the rows in order of uncertainty, in standard deviations of the changes."""
-    holds = parts.rollouts["rows"].clone()
-    holds[..., sizes[0] + sizes[1]] = parts.rollouts["uncertainty"]  # in the place of the reward
+def ranking(stepper: Stepper, parts, members: list, sizes: list[int], count: int) -> dict[str, dict]:
+    """Whether uncertainties rank the rows' state errors, by step and of all: Spearman's rank correlation, and the mean
+    error of each tenth of the rows in order of uncertainty, in standard deviations of the changes.
+
+    The kept one, if there is any; with other runs as `members`, two of the ensemble of their world models and the
+    run's: how far their second answers lie apart, and how far they lie from the row.
+    """
+    holds, kept = parts.rollouts["rows"].clone(), "uncertainty" in parts.rollouts
+    if kept:
+        holds[..., sizes[0] + sizes[1]] = parts.rollouts["uncertainty"]  # in the place of the reward
     rows = draw_rows(holds, parts.rollouts["valid"], sizes, count)
     next_obs = stepper(rows.obs, rows.action)[0]
     seen = stepper.checkable(rows.obs) & np.isfinite(next_obs).all(1)
-    error = norm((rows.next_obs - next_obs) / parts.world_model.units.scale[: sizes[0]].numpy())
-    found, parts_of = {}, {f"step {h}": seen & (rows.step == h) for h in np.unique(rows.step)} | {"all": seen}
-    for name, here in parts_of.items():
-        orders = [np.argsort(np.argsort(values[here])) for values in (rows.reward, error)]
-        tenths = np.array_split(error[here][np.argsort(rows.reward[here])], 10)
-        found[name] = {"rank": float(np.corrcoef(orders)[0, 1]), "tenths": [float(x.mean()) for x in tenths]}
+    scale = parts.world_model.units.scale[: sizes[0]].numpy()
+    error = norm((rows.next_obs - next_obs) / scale)
+    uncertainties = {"uncertainty": rows.reward} if kept else {}
+    if members:
+        if any(x.dataset.fingerprint != parts.dataset.fingerprint or x.args.loss != "x0" for x in (parts, *members)):
+            raise UserError("--members go with a run of the same data, all with --loss x0, as --laptop has it")
+        asked = [torch.as_tensor(x, dtype=torch.float32).split(4096) for x in (rows.obs, rows.action)]
+        models = [partial(second_answer, member.args, member.world_model) for member in (parts, *members)]
+        answers = np.stack([torch.cat([*map(model, *asked)]).numpy() for model in models])  # [M, N, obs_dim]
+        uncertainties["ensemble, apart"] = norm(answers.std(0, ddof=1) / scale)
+        uncertainties["ensemble, from row"] = norm((rows.next_obs - answers.mean(0)) / scale)
+    found, places = {}, {f"step {h}": seen & (rows.step == h) for h in np.unique(rows.step)} | {"all": seen}
+    for name, values in uncertainties.items():
+        for place, here in places.items():
+            orders = [np.argsort(np.argsort(x[here])) for x in (values, error)]
+            tenths = np.array_split(error[here][np.argsort(values[here])], 10)
+            rank = float(np.corrcoef(orders)[0, 1])
+            found[f"{name}, {place}"] = {"rank": rank, "tenths": [float(x.mean()) for x in tenths]}
     return found
 
 
@@ -339,7 +359,7 @@ def calibration(parts, options: Args, scale: torch.Tensor) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def audit(parts, options: Args) -> dict:
+def audit(parts, members: list, options: Args) -> dict:
     dataset = parts.dataset
     obs_sd, reward_sd = dataset.obs.std(0, dtype=float) + 1e-6, float(dataset.reward.std(dtype=float)) + 1e-6
     sizes = parts.script.row_sizes(dataset.obs.shape[1], dataset.action.shape[1])
@@ -369,8 +389,8 @@ def audit(parts, options: Args) -> dict:
             name: check(*pair, *units)
             for name, pair in tqdm(judged.items(), desc="the simulator", unit="part", disable=None)
         }
-        if "uncertainty" in parts.rollouts:
-            result["uncertainty"] = ranking(stepper, parts, sizes, options.rows)
+        if members or "uncertainty" in parts.rollouts:
+            result["uncertainty"] = ranking(stepper, parts, members, sizes, options.rows)
         result["action"] = []
         for part in tqdm(steps, desc="explaining actions", unit="step", disable=None):
             few = part[stepper.checkable(part.obs)][: max(1, options.actions // len(steps))]
@@ -410,9 +430,9 @@ def table(result: dict) -> str:
                 line += f"{action['left']['median']:>14.2g}{action['its part']['median']:>10.2g}"
             lines.append(line)
     if "uncertainty" in result:
-        lines += ["", f"{'uncertainty':<20}{'rank':>8}   mean state error [sd of changes] by tenth"]
+        lines += ["", f"{'':<27}{'rank':>8}   mean state error [sd of changes] by tenth"]
     for name, part in result.get("uncertainty", {}).items():
-        lines.append(f"{name:<20}{part['rank']:>8.2f}  " + "".join(f"{x:>7.3f}" for x in part["tenths"]))
+        lines.append(f"{name:<27}{part['rank']:>8.2f}  " + "".join(f"{x:>7.3f}" for x in part["tenths"]))
     for name in ("no simulator", "no calibration"):
         lines += ["", f"{name}: {result[name]}"] if name in result else []
     for name, found in result.get("calibration", {}).items():
@@ -475,7 +495,7 @@ def draw(result: dict, path: Path) -> None:
 def main(options: Args) -> None:
     torch.set_num_threads(options.threads)
     parts = load_rollouts(options.run)
-    result = audit(parts, options)
+    result = audit(parts, [load_rollouts(run) for run in options.members], options)
     print(table(result))
     write_text(options.run / "audit.json", json.dumps(result, indent=1) + "\n")
     draw(result, options.run / "audit.png")

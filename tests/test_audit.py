@@ -133,6 +133,18 @@ def test_a_run_is_audited_but_for_what_has_no_start(module, step, made, capsys):
     assert step in told and "no calibration: it has no rollouts from held-out real pairs" in told
 
 
+def test_an_ensemble_of_one_model_ranks_as_its_own_uncertainty(made):
+    folder = made("variants.uncertain_td3bc", "--horizon", "3")[0]
+    found = audited(folder, pairs=0, members=(folder,))["uncertainty"]
+    for place in ("step 0", "step 3", "all"):
+        kept, ensemble = (found[f"{x}, {place}"] for x in ("uncertainty", "ensemble, from row"))
+        assert ensemble["rank"] == pytest.approx(kept["rank"], abs=1e-3)
+        assert ensemble["tenths"] == pytest.approx(kept["tenths"], rel=0.05)
+    assert found["ensemble, from row, all"]["rank"] != found["ensemble, apart, all"]["rank"]
+    with pytest.raises(UserError, match="--members go with a run of the same data"):
+        audited(folder, members=(made("dawm_td3bc", "--loss", "noise")[0],))
+
+
 def test_without_a_simulator_the_data_alone_tell(toy_run, monkeypatch, capsys):
     def no_stepper(*_):
         raise UserError("it has no state that can be set")

@@ -3,6 +3,8 @@
 What it has from dawm_td3bc.py to the letter (test_source.py) is tested there.
 """
 
+from types import SimpleNamespace
+
 import dawm_td3bc
 from variants import uncertain_td3bc as script
 
@@ -44,7 +46,9 @@ def test_distance_from_the_second_answer_by_hand():
     )
     obs, action = windows.obs[:4], windows.action[:4]
     off = torch.tensor([[0.0, 0.0], [0.3, 0.0], [0.0, -0.4], [0.3, -0.4]])
-    uncertainty = script.uncertainty_of(args, world_model, obs, action, obs + answer + off)
+    answered = script.second_answer(args, world_model, obs, action)
+    torch.testing.assert_close(answered, obs + answer)
+    uncertainty = script.uncertainty_of(world_model, obs + answer + off, answered)
     a, b = windows.tokens[:, :2].std(0).tolist()  # changes of state, their ends' zeros too
     by_hand = [0, 0.3 / a / 2**0.5, 0.4 / b / 2**0.5, (((0.3 / a) ** 2 + (0.4 / b) ** 2) / 2) ** 0.5]
     assert uncertainty.tolist() == pytest.approx(by_hand, rel=1e-3, abs=1e-4)
@@ -57,7 +61,8 @@ def test_larger_where_data_are_missing(hole):
     args, windows, world_model, missing = hole
     index = torch.arange(0, 1800, 3)
     obs, _ = script.imagine(args, windows, world_model, index)
-    uncertainty = script.uncertainty_of(args, world_model, obs[:, 0], windows.action[index], obs[:, 1])
+    answer = script.second_answer(args, world_model, obs[:, 0], windows.action[index])
+    uncertainty = script.uncertainty_of(world_model, obs[:, 1], answer)
     inside = missing[index]
     assert uncertainty[inside].mean() > 1.1 * uncertainty[~inside].mean()
 
@@ -66,8 +71,8 @@ def test_larger_for_an_action_that_does_not_explain_the_change(hole):
     args, windows, world_model, missing = hole
     index = (~missing).nonzero()[:, 0]
     row, action = windows.start[index], windows.action[index]
-    asked = windows.obs[row], windows.obs[row + 1]
-    own, others = (script.uncertainty_of(args, world_model, asked[0], x, asked[1]) for x in (action, action.roll(1, 0)))
+    answers = (script.second_answer(args, world_model, windows.obs[row], x) for x in (action, action.roll(1, 0)))
+    own, others = (script.uncertainty_of(world_model, windows.obs[row + 1], answer) for answer in answers)
     assert others.mean() > 2 * own.mean()
 
 
@@ -84,8 +89,22 @@ def test_the_set_is_that_of_the_plain_method():
     plain = dawm_td3bc.complete_rollouts(args, windows, *parts, index)
     assert torch.equal(rows, plain[0]) and torch.equal(valid, plain[1]) and torch.equal(after, torch.rand(1))
     obs, action, _, next_obs, _ = rows[:, 5].split([2, 2, 1, 2, 1], dim=1)  # each row's own state and action
-    expected = script.uncertainty_of(args, parts[0], obs, action, next_obs)
+    expected = script.uncertainty_of(parts[0], next_obs, script.second_answer(args, parts[0], obs, action))
     torch.testing.assert_close(uncertainty[:, 5], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_fall_is_told_by_the_state_or_where_asked_by_the_second_answer():
+    windows = SimpleNamespace(healthy=(torch.tensor([0.0]), torch.tensor([1.0])), is_over=lambda reward: reward < -9)
+    obs, reward = torch.tensor([[0.5, 0.5, 0.5, 0.5, 1.2]])[..., None], torch.ones(1, 4)
+    answer = torch.tensor([[0.5, -0.1, 0.5]])[..., None]  # of the first three steps, the second of which falls
+    for termination, ends, kept in (
+        ("rule", [0, 0, 0], [1, 1, 1]), ("asked", [0, 1, 0], [1, 1, 0]), ("none", [0, 0, 0], [1, 1, 1])
+    ):  # fmt: skip
+        args = script.Args(horizon=2, model_horizon=3, termination=termination)
+        terminated, _, valid = script.mark_ends(args, windows, obs, reward, answer)
+        assert terminated.int().tolist() == [ends] and valid.int().tolist() == [kept]
+    fallen = script.mark_ends(script.Args(horizon=2, termination="asked"), windows, obs - 0.5, reward, answer)
+    assert fallen[0].all()  # the generated state alone is told too
 
 
 # ---- What the agent gets

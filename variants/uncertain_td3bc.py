@@ -110,7 +110,8 @@ class Args(RunArgs):
     # return-to-go asked for, in return scales; default from TASKS [unspecified]; own: each pair's real one
     target_return: Annotated[float, (-100, 100)] | Literal["own"] | None = None
     conditioning_subsample: Count = 1  # use one of so many real pairs, drawn at random; 8 is DAWM-T [DAWM Tab. 5]
-    termination: Literal["rule", "none"] = "rule"  # end rollouts at falls (mark_ends), or not, as printed [deviation]
+    # end rollouts at falls (mark_ends); also where the model, asked once more, sees one; or not, as printed [deviation]
+    termination: Literal["rule", "asked", "none"] = "rule"
     uncertainty_use: Literal["drop", "penalty", "none"] = "drop"  # rows, rewards, or nothing: not in the paper
     # drop: rows beyond this quantile go, and what follows in their rollouts [MOREL]
     uncertainty_quantile: Annotated[float, (0.1, 1)] = 0.9
@@ -712,8 +713,8 @@ def infer_actions(inverse_dynamics: InverseDynamics, obs: torch.Tensor) -> torch
     return inverse_dynamics(torch.cat([obs[:, :-2], obs[:, 1:-1], obs[:, 2:]], dim=-1))
 
 
-# Copied from dawm_td3bc.py
-def mark_ends(args: Args, windows: Windows, obs: torch.Tensor, reward: torch.Tensor):
+# Adapted from dawm_td3bc.py: the second answer may tell an end too
+def mark_ends(args: Args, windows: Windows, obs: torch.Tensor, reward: torch.Tensor, answer: torch.Tensor):
     """Not in the paper: terminated, reward and valid (false after an end) of the first H+1 steps, each [B, H+1].
 
     [deviation] The boxes have no (1 - terminated); without it no critic learns that a fall ends the rewards. The
@@ -725,24 +726,30 @@ def mark_ends(args: Args, windows: Windows, obs: torch.Tensor, reward: torch.Ten
     if windows.healthy is not None:
         low, high = windows.healthy
         terminated |= ~((obs[:, 1:] > low) & (obs[:, 1:] < high)).all(-1)
-    terminated = terminated[:, : args.horizon + 1] & (args.termination == "rule")
+    terminated = terminated[:, : args.horizon + 1] & (args.termination != "none")
+    if windows.healthy is not None and args.termination == "asked":
+        terminated |= ~((answer > low) & (answer < high)).all(-1)
     ended_before = torch.cumsum(terminated, 1) - terminated.int() > 0
     return terminated, reward.masked_fill(over, 0)[:, : args.horizon + 1], ~ended_before
 
 
 @torch.no_grad()
-def uncertainty_of(args: Args, world_model: WorldModel, obs, action, next_obs) -> torch.Tensor:
-    """How far the changes of state obs [N, obs_dim] -> next_obs lie from the world model's second answer -> [N].
+def second_answer(args: Args, world_model: WorldModel, obs, action) -> torch.Tensor:
+    """Next state [N, obs_dim] that the world model expects of states and actions [N, ...] for this one step alone.
 
-    That answer is the mean first step of a window that starts from (obs, action), the row's own: x0 at k = K, where
-    next to nothing of a window is left; so noise's mean, 0, will do, and nothing is drawn. No return-to-go: a step's
-    outcome does not depend on it. Root mean square over the dimensions, in standard deviations of the changes.
+    It is the mean first step of a window that starts from (obs, action): x0 at k = K, where next to nothing of a window
+    is left; so noise's mean, 0, will do, and nothing is drawn. No return-to-go: a step's outcome does not depend on it.
     """
     pair, units = world_model.pair(obs, action), world_model.units
     noise, zero = pair.new_zeros(len(pair), args.model_horizon + 1, len(units.low)), pair.new_zeros(len(pair), 1)
     k = torch.full((len(pair),), args.diffusion_steps, device=pair.device)
-    answer = units.denormalize(world_model.denoiser(noise, k, pair, zero, zero)[:, 0])[:, : world_model.obs_dim]
-    return ((next_obs - obs - answer) / units.scale[: world_model.obs_dim]).square().mean(1).sqrt()
+    change = units.denormalize(world_model.denoiser(noise, k, pair, zero, zero)[:, 0])[:, : world_model.obs_dim]
+    return obs + change
+
+
+def uncertainty_of(world_model: WorldModel, next_obs: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
+    """How far next_obs [..., obs_dim] lies from the second answer, in standard deviations of the changes -> [...]."""
+    return ((next_obs - answer) / world_model.units.scale[: world_model.obs_dim]).square().mean(-1).sqrt()
 
 
 # Adapted from dawm_td3bc.py: with the uncertainty of each row
@@ -750,15 +757,15 @@ def complete_rollouts(args: Args, windows: Windows, world_model, inverse_dynamic
     """From the real pairs `index` [B], H+1 complete transitions each: rows [B, H+1, row_dim], valid and uncertainty
     [B, H+1]."""
     # Alg. 2: sample rewards and states of H+1 steps from the world model, given s_t, a_t and the return asked for
-    obs, reward = imagine(args, windows, world_model, index)
-    terminated, reward, valid = mark_ends(args, windows, obs, reward)
+    states, reward = imagine(args, windows, world_model, index)
     # Alg. 2: infer the missing actions from the states around them
-    obs = obs[:, : args.horizon + 2]
+    obs = states[:, : args.horizon + 2]
     action = torch.cat([windows.action[index, None], infer_actions(inverse_dynamics, obs)], dim=1)
+    answer = second_answer(args, world_model, obs[:, :-1].flatten(0, 1), action.flatten(0, 1)).view_as(obs[:, 1:])
+    terminated, reward, valid = mark_ends(args, windows, states, reward, answer)
     # Alg. 2: label the transitions h = 0..H; only s_t and a_t of the first are real
     rows = [obs[:, :-1], action, reward[..., None], obs[:, 1:], terminated[..., None]]
-    asked = (x.flatten(0, 1) for x in (obs[:, :-1], action, obs[:, 1:]))
-    return torch.cat(rows, dim=-1), valid, uncertainty_of(args, world_model, *asked).view(valid.shape)
+    return torch.cat(rows, dim=-1), valid, uncertainty_of(world_model, obs[:, 1:], answer)
 
 
 def heed_uncertainty(args: Args, dataset: OfflineDataset, rows, valid, uncertainty):
