@@ -65,8 +65,6 @@ class Args:
     """transitions in the data set"""
     seed: int = 0
     """seeds start states and action noise"""
-    force: bool = False
-    """replace a data set that was made otherwise"""
     behavior_dir: Path = BEHAVIOR_DIR
     """where the policies and their SHA256SUMS are; that of the published sets is one folder up"""
 
@@ -260,8 +258,6 @@ def make(args: Args, recipe: dict, policies: list[Policy], folder: Path, work: P
     for path in (work / args.env_id / "data").iterdir():
         sync(path)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if folder.exists():
-        os.replace(folder, work / "replaced")
     os.replace(work / args.env_id, folder)
     returns = np.array([buffer.rewards.sum(dtype=np.float64) for buffer in buffers])
     print(
@@ -286,10 +282,9 @@ def main(args: Args) -> None:
         work = minari_root() / ".collect" / args.env_id.replace("/", "-")  # Minari does not list hidden folders
         work.parent.mkdir(parents=True, exist_ok=True)
         with locked(work):
-            different = differences(folder, recipe) if folder.exists() else ""
-            if different and not args.force:
-                raise UserError(f"{folder} {different}; --force replaces it")
-            if folder.exists() and not different:
+            if folder.exists():
+                if different := differences(folder, recipe):
+                    raise UserError(f"{folder} {different}; delete it to have this one")
                 print(f"{args.env_id} is already in {folder}")
             else:
                 shutil.rmtree(work, ignore_errors=True)  # left by a process that was killed, since the lock is ours

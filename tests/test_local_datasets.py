@@ -3,6 +3,7 @@
 import hashlib
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -180,7 +181,8 @@ def test_a_set_that_is_not_the_published_one_is_told(made_up, monkeypatch, capsy
         collect.main(args_for(made_up))
         note = f"{HOPPER} is not the published set (sha256 {found[:12]}, {path} has 000000000000)"
         assert (note in capsys.readouterr().out) == told
-    collect.main(args_for(made_up, steps=299, force=True))
+    shutil.rmtree(made_up / "minari" / HOPPER)
+    collect.main(args_for(made_up, steps=299))
     assert "published" not in capsys.readouterr().out  # another size has no published sum
 
 
@@ -216,18 +218,17 @@ def test_two_processes_at_once(made_up):
     assert sum(len(episode) for episode in read()) == 300
 
 
-def test_another_recipe_is_refused_and_forced(made_up, capsys):
+def test_another_recipe_is_refused(made_up, capsys):
     collect.main(args_for(made_up))
     first = sha256()
     collect.main(args_for(made_up))
     assert "already in" in capsys.readouterr().out
-    with pytest.raises(UserError, match="has steps=300, not 200 and has seed=0, not 7; --force replaces it"):
+    with pytest.raises(UserError, match="has steps=300, not 200 and has seed=0, not 7; delete it"):
         collect.main(args_for(made_up, steps=200, seed=7))
     assert sha256() == first
-    collect.main(args_for(made_up, seed=7, force=True))
+    shutil.rmtree(made_up / "minari" / HOPPER)
+    collect.main(args_for(made_up, seed=7))
     assert sha256() != first
-    collect.main(args_for(made_up, force=True))
-    assert sha256() == first
     (made_up / "minari" / HOPPER / "data" / "metadata.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         collect.main(args_for(made_up))
@@ -353,15 +354,13 @@ def test_medium_prefers_the_spread_of_d4rl():
 
 
 def test_card_states_what_the_data_say(made_up):
-    output = made_up / "card"
-    output.mkdir()
-    card.main(card.Args(steps=200, behavior_dir=made_up / "behavior", output_dir=output))
-    text = (output / "README.md").read_text()
+    shutil.copy(ROOT / "local_datasets" / "README.md", made_up)
+    card.main(made_up, made_up / "behavior", 200)
+    text = (made_up / "README.md").read_text()
     returns = np.array([episode.rewards.sum(dtype=np.float64) for episode in read()])
     score = 100 * (returns.mean() + 20.272305) / (3234.3 + 20.272305)  # D4RL infos.py
     row = next(line for line in text.splitlines() if line.startswith(f"| `{HOPPER}`"))
-    assert f"| {returns.mean():,.0f} ± {returns.std():,.0f} | {score:.1f} | 1,422 ± 379 |" in row
-    assert "local/walker2d/medium-v0" in text.split("Not shipped")[1]
-    assert (output / "returns.png").read_bytes().startswith(b"\x89PNG")
-    assert "| 1k |" in row
-    assert collect.read_sums(output)[HOPPER] == sha256()
+    assert f"| {returns.mean():,.0f} ± {returns.std():,.0f} | {score:.1f} | 1,422 ± 379 |" in row and "| 1k |" in row
+    assert "walker2d/medium-v0`" not in text and "\n\nNot shipped" in text  # their policies are not in this folder
+    assert (made_up / "returns.png").read_bytes().startswith(b"\x89PNG")
+    assert collect.read_sums(made_up)[HOPPER] == sha256()
