@@ -143,7 +143,8 @@ def ranking(stepper: Stepper, parts, members: list, sizes: list[int], count: int
     error = norm((rows.next_obs - next_obs) / scale)
     uncertainties = {"uncertainty": rows.reward} if kept else {}
     if members:
-        if any(x.dataset.fingerprint != parts.dataset.fingerprint or x.args.loss != "x0" for x in (parts, *members)):
+        kinds = {(x.dataset.fingerprint, getattr(x.args, "loss", None)) for x in (parts, *members)}
+        if kinds != {(parts.dataset.fingerprint, "x0")}:
             raise UserError("--members go with a run of the same data, all with --loss x0, as --laptop has it")
         asked = [torch.as_tensor(x, dtype=torch.float32).split(4096) for x in (rows.obs, rows.action)]
         models = [partial(second_answer, member.args, member.world_model) for member in (parts, *members)]

@@ -140,7 +140,7 @@ def test_an_ensemble_of_one_model_ranks_as_its_own_uncertainty(made):
         kept, ensemble = (found[f"{x}, {place}"] for x in ("uncertainty", "ensemble, from row"))
         assert ensemble["rank"] == pytest.approx(kept["rank"], abs=1e-3)
         assert ensemble["tenths"] == pytest.approx(kept["tenths"], rel=0.05)
-    assert found["ensemble, from row, all"]["rank"] != found["ensemble, apart, all"]["rank"]
+    assert abs(found["ensemble, apart, all"]["rank"]) < 0.2  # all 0: the order of rows drawn at random
     with pytest.raises(UserError, match="--members go with a run of the same data"):
         audited(folder, members=(made("dawm_td3bc", "--loss", "noise")[0],))
 

@@ -719,7 +719,8 @@ def mark_ends(args: Args, windows: Windows, obs: torch.Tensor, reward: torch.Ten
 
     [deviation] The boxes have no (1 - terminated); without it no critic learns that a fall ends the rewards. The
     simulator's rule alone misses falls that end just inside its limits, and values can then grow without bound on the
-    frozen states that follow: so the model's own sign, a reward below all real ones, counts as well.
+    frozen states that follow: so the model's own sign, a reward below all real ones, counts as well, and, `asked`, the
+    next state of the second `answer` [B, H+1, obs_dim], which knows the action.
     """
     over = windows.is_over(reward)
     terminated = F.pad(over[:, 1:], (0, 1))  # the step before an episode that is over ended it
