@@ -241,7 +241,7 @@ def _answering_hub() -> str:
 
     def ask() -> None:
         try:
-            urllib.request.urlopen(hub, timeout=CONNECT_SECONDS).close()
+            urllib.request.urlopen(hub, timeout=2 * CONNECT_SECONDS).close()  # longer than is waited below
             trouble.clear()
         except (OSError, ValueError, http.client.HTTPException) as error:
             trouble[:] = [] if isinstance(error, urllib.error.HTTPError) else [one_line(error)]
