@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 
 import matplotlib
+import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import UserError
 from common.cli import tell
 from common.data import KNOWN, ROBOTS, OfflineDataset, load_dataset, minari_root
 from common.evaluation import normalized_score
@@ -92,6 +94,8 @@ def main(folder: Path = HERE, behavior_dir: Path = BEHAVIOR_DIR, steps: int = co
         datasets.append(load_dataset(env_id))
         rows.append(table_row(datasets[-1], found["policies"]) + "\n")
         sums[env_id] = found["sha256"]
+    if not datasets:
+        raise UserError(f"{behavior_dir} has the policies of no data set; give a folder as collect.py's")
     text = (folder / "README.md").read_text()
     write_text(folder / "README.md", re.sub(r"(?<=---\|\n)(\|.*\n)+", "".join(rows), text))
     write_sums(folder, sums)
@@ -100,4 +104,4 @@ def main(folder: Path = HERE, behavior_dir: Path = BEHAVIOR_DIR, steps: int = co
 
 
 if __name__ == "__main__":
-    tell(main)
+    tell(lambda: tyro.cli(main))
