@@ -146,7 +146,6 @@ LAPTOP = dict(
     synthesis_batch_size=1024,
     normalize_obs=True,  # [DWM App.]; without it so few updates leave a poor clone
     agent_updates=50_000,
-    eval_every=5_000,
 )
 
 # Return scale [DAWM App.] and target return ([unspecified]; from [DWM App.]'s grids) of the paper's tasks. Any other

@@ -145,7 +145,6 @@ LAPTOP = dict(
     agent_updates=50_000,
     agent_batch_size=256,
     normalize_obs=True,  # iql [DWM App.]; without it so few updates leave a poor clone
-    eval_every=5_000,
 )
 
 # Return scale [DAWM App.] and target return ([unspecified]; from [DWM App.]'s grids) of the paper's tasks. Any other

@@ -107,7 +107,6 @@ LAPTOP = dict(
     world_model_steps=15_000,
     world_model_lr=1e-3,
     agent_updates=50_000,
-    eval_every=5_000,
     synthesis_batch_size=1024,
 )
 

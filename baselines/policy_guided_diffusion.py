@@ -117,7 +117,6 @@ LAPTOP = dict(
     sampling_steps=16,
     policy_guidance=1.0,  # of fewer steps
     agent_updates=50_000,
-    eval_every=5_000,
 )
 
 

@@ -100,7 +100,6 @@ LAPTOP = dict(
     idm_width=256,
     normalize_obs=True,  # for iql [DWM App.]; without it so few updates leave a poor clone
     agent_updates=50_000,
-    eval_every=5_000,
 )
 
 

@@ -98,7 +98,6 @@ LAPTOP = dict(
     synthesis_batch_size=1024,  # so few that a signal is heeded between two of them
     sampling_steps=16,
     agent_updates=50_000,
-    eval_every=5_000,
 )
 
 

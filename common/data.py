@@ -112,15 +112,8 @@ class OfflineDataset:
         return returns[self.complete] if self.complete.any() else returns
 
     @property
-    def pieces(self) -> int:
-        """Episodes whose end nothing marks, or a time limit long before that of the environment they are scored in."""
-        short = self.lengths < 0.9 * (self.spec.max_episode_steps or 0)
-        return int((~self.complete | short & ~self.terminated[self.last]).sum())
-
-    @property
-    def mean_return(self) -> float | None:
-        """None where two thirds of the episodes are pieces."""
-        return None if 3 * self.pieces > 2 * len(self.lengths) else float(self.returns.mean())
+    def mean_return(self) -> float:
+        return float(self.returns.mean())
 
     @cached_property
     def fingerprint(self) -> str:
@@ -138,7 +131,7 @@ class OfflineDataset:
             "episodes": len(self.lengths),
             "complete_episodes": int(self.complete.sum()),
             "steps": len(self.reward),
-            "std_return": None if self.mean_return is None else float(self.returns.std()),
+            "std_return": float(self.returns.std()),
             "simulator": described(self.spec),
         }
 
@@ -444,10 +437,11 @@ def _judge(data: OfflineDataset, env: gym.Env) -> None:
             "perhaps a vector environment's auto reset (store the final observation instead), or the episode goes on "
             "behind its flag; models learn these steps as they stand"
         )
-    if data.mean_return is None:
+    pieces = ~data.complete | (data.lengths < 0.9 * (limit or 0)) & ~data.terminated[last]
+    if 3 * pieces.sum() > 2 * len(last):
         warn(
-            f"{data.pieces:,} of {len(last):,} episodes end without a flag, or by a time limit long before {name}'s: "
-            "their mean return is not told, for evaluations go on, and no window or return-to-go goes beyond a piece"
+            f"{pieces.sum():,} of {len(last):,} episodes end without a flag, or by a time limit long before {name}'s: "
+            "their mean return is that of pieces, evaluations go on, and no window or return-to-go goes beyond a piece"
         )
     if limit is None:
         warn(f"{name} has no step limit: evaluation ends an episode after {longest:,} steps, the longest in the data")

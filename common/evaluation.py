@@ -237,9 +237,7 @@ def normalized_score(robot: str, mean_return: float) -> float | None:
 def score_report(dataset, history: list[tuple[int, float]], evaluator: Evaluator) -> dict[str, str]:
     """Closing lines, from the (step, mean return) of each evaluation: the last one, their mean, and the data's own."""
 
-    def line(mean: float | None) -> str:
-        if mean is None:
-            return "not told: the rows are pieces of episodes"
+    def line(mean: float) -> str:
         score = evaluator.score(mean)
         return f"return {mean:8.1f}   " + ("no D4RL reference" if score is None else f"normalized score {score:6.1f}")
 

@@ -129,8 +129,7 @@ class Run:
         self.tensorboard = SummaryWriter(str(self.folder))
         self.say("data", f"{data['env_id']}: {data['source']} {data['path']}")
         told = f"{data['episodes']:,} episodes ({data['complete_episodes']:,} complete), {data['steps']:,} steps"
-        if data["mean_return"] is not None:
-            told += f", mean return {data['mean_return']:.1f}, std {data['std_return']:.1f}"
+        told += f", mean return {data['mean_return']:.1f}, std {data['std_return']:.1f}"
         for text in (f"sha256 {data['sha256']}", data["note"], told):
             if text:
                 self.say("", text)
@@ -261,8 +260,7 @@ class Run:
         names = [n for n in self.history if len(self.history[n]) > 1 and not n.startswith(left_out)]
         names = [n for n in names if "/val_" not in n or n.replace("/val_", "/", 1) not in names]
         levels = {row["control"]: float(row["return"]) for row in self._controls()}
-        if (mean := self.content["data"]["mean_return"]) is not None:
-            levels["the data's mean"] = mean
+        levels["the data's mean"] = self.content["data"]["mean_return"]
         columns = max(1, -(-len(names) // 2))
         figure = Figure(figsize=(4 * columns, 7), layout="constrained")
         for place, name in enumerate(names, 1):

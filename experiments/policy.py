@@ -64,10 +64,7 @@ def main(args: Args) -> None:
     print(f"\n{'return':<22}{'mean':>10}{'std':>10}{'lowest':>10}{'highest':>10}{'D4RL score of the mean':>26}")
     print(row("episodes", returns.reshape(-1), evaluator))
     print(row("means of start seeds", returns.mean(1), evaluator))
-    if parts.dataset.mean_return is None:
-        print("the data's episodes    not told: too many ends of episodes are unmarked")
-    else:
-        print(row("the data's episodes", parts.dataset.returns, evaluator))
+    print(row("the data's episodes", parts.dataset.returns, evaluator))
     if args.gif:
         show(parts, physics, seed, args.gif)
 

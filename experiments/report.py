@@ -85,7 +85,7 @@ def collect(root: Path) -> list[Row]:
         if scores:
             every, last = args["eval_every"], args.get("agent_updates", args.get("world_model_steps"))
             updates = [*(every * (i + 1) for i in range(len(scores) - 1)), last]
-            own = None if data["mean_return"] is None else normalized_score(data["robot"], data["mean_return"])
+            own = normalized_score(data["robot"], data["mean_return"])
             content = {"module": run.content["module"], "args": {k: v for k, v in args.items() if k not in PLACES}}
             rows.append(Row(content, run.content["git"][:7] + run.content["git"][40:], data["fingerprint"][:12],
                             own, run.seconds, updates, [round(s, 2) for s in scores]))  # fmt: skip
@@ -163,15 +163,16 @@ def interval(samples: list[np.ndarray], statistic) -> tuple[float, float]:
     return tuple(stats.bootstrap(samples, statistic, **how).confidence_interval)
 
 
-def detectable(variances: list[float], seeds: int, power: float = 0.8, level: float = 0.05) -> float:
-    """Smallest true difference between two learners, in the mean over the tasks, that a two-sided t-test finds.
+def detectable(variances: list[float], seeds: int) -> float:
+    """Smallest true difference between two learners, in the mean over the tasks, that a two-sided t-test at the 5 % level
+    finds with 80 % power.
 
     `variances` between the seeds on each task, the same for both learners; each has so many seeds on each task.
     """
     freedom = 2 * len(variances) * (seeds - 1)
     error = math.sqrt(2 * sum(variances) / seeds) / len(variances)
-    critical = stats.t.isf(level / 2, freedom)
-    return error * optimize.brentq(lambda shift: stats.nct.sf(critical, freedom, shift) - power, 0, 50)
+    critical = stats.t.isf(0.05 / 2, freedom)
+    return error * optimize.brentq(lambda shift: stats.nct.sf(critical, freedom, shift) - 0.8, 0, 50)
 
 
 # ---- The page

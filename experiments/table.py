@@ -61,9 +61,8 @@ def main(root: Path) -> None:
             print(row(runs[0].args["exp_name"], *zip(*columns, strict=True)))
         for name, runs in peers.items():
             print(row(name, *([run[key] for run in runs] for key in ("seed", "scores", "seconds"))))
-        if (own := data["mean_return"]) is not None:
-            own = normalized_score(data["robot"], own) if scored else own
-            print(f"\nThe mean return of {env_id} itself: {own:.1f}\n")
+        own = normalized_score(data["robot"], data["mean_return"]) if scored else data["mean_return"]
+        print(f"\nThe mean return of {env_id} itself: {own:.1f}\n")
 
 
 if __name__ == "__main__":

@@ -376,35 +376,34 @@ def test_files_of_another_robot(folders):
 # ---- Odd data are told of, once
 
 # 30 falls and 30 time-outs of five steps, one after the other. What is odd: (the arrays of which that is so, parts of
-# each warning, whether there is a mean return, whether the fall rule stays).
+# each warning, whether the fall rule stays).
 TEN_EACH = [(5, "terminals"), (5, "timeouts")] * 30
 DIFFER = "rule is not used, and only the model's own sign"
 ODD = {
-    "nothing": (lambda a: {}, [], True, True),
+    "nothing": (lambda a: {}, [], True),
     "auto reset": (lambda a: {"next_observations": np.append(a["observations"][1:], a["next_observations"][-1:], 0)},
-                   ["at 59 of 60 marked ends the next state is an episode's first one, or"], True, True),
+                   ["at 59 of 60 marked ends the next state is an episode's first one, or"], True),
     "never filled in": (lambda a: {"next_observations": np.where(a["timeouts"][:, None], 0, a["next_observations"])},
-                        ["at 30 of 60 marked ends"], True, True),
+                        ["at 30 of 60 marked ends"], True),
     "one row late": (lambda a: {key: np.roll(a[key], 1) for key in FLAGS},
-                     ["at 60 of 60", "90 of 120 episodes end without a flag, or", DIFFER], False, False),
+                     ["at 60 of 60", "90 of 120 episodes end without a flag, or", DIFFER], False),
     "rounded": (lambda a: {"observations": a["observations"].astype(np.float16)},
-                ["270 of 300 episodes end without a flag, or by a time limit long before Hop"], False, True),
+                ["270 of 300 episodes end without a flag, or by a time limit long before Hop"], True),
     "never marked": (lambda a: {key: np.zeros_like(a[key]) for key in FLAGS},
-                     ["60 of 60 episodes end without a flag", DIFFER], False, False),
+                     ["60 of 60 episodes end without a flag", DIFFER], False),
     "dones": (lambda a: {"terminals": a["terminals"] | a["timeouts"], "timeouts": np.zeros_like(a["timeouts"])},
-              ["differ on 30 rows (10.00%): the rule is not used, and only the model's own sign"], True, False),
+              ["differ on 30 rows (10.00%): the rule is not used, and only the model's own sign"], False),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", ODD)
 def test_odd_flags_and_rows(folders, warned, case):
-    change, words, has_mean, has_rule = ODD[case]
+    change, words, has_rule = ODD[case]
     arrays = hopper_arrays(TEN_EACH)
     loaded, warnings = warned(NAME, write(folders / "mine.hdf5", arrays | change(arrays)))
     assert len(warnings) == len(words), warnings
     for part, warning in zip(words, warnings, strict=True):
         assert part in warning
-    assert (loaded.mean_return is not None) == (loaded.facts()["mean_return"] is not None) == has_mean
     assert (loaded.healthy_low is not None) == (loaded.healthy_high is not None) == has_rule
 
 
@@ -414,11 +413,11 @@ def test_time_limits_marked_as_terminals_where_no_rule_is_known(warned):
     assert "all 4 episodes of the greatest length, 5 steps, end with a terminal flag" in warning
 
 
-@pytest.mark.parametrize(("flag", "mean"), [("timeouts", None), ("terminals", 72.5)])
-def test_episodes_that_a_time_limit_of_their_own_cut(folders, warned, flag, mean):
-    """Their mean is no measure for evaluations of 1,000 steps; that of falls is: 0 + ... + 29 = 435, in 6 episodes."""
+@pytest.mark.parametrize("flag", ["timeouts", "terminals"])
+def test_episodes_that_a_time_limit_of_their_own_cut(folders, warned, flag):
+    """Their mean is no measure for evaluations of 1,000 steps, and told so; that of falls is one."""
     path = write(folders / "mine.hdf5", hopper_arrays([(5, flag)] * 6))
-    assert warned(NAME, path, cut=mean is None)[0].mean_return == mean
+    assert warned(NAME, path, cut=flag == "timeouts")[1] == []
 
 
 # ---- Download
@@ -647,7 +646,7 @@ def test_odd_episodes_of_minari(stored, warned):
     assert "1 of 5 episodes have no step: left out" in warnings[0] and "at 1 of 3 marked ends" in warnings[1]
     create("tiny/open-v0", buffers([(3, None)] * 3))
     loaded, warnings = warned("tiny/open-v0")
-    assert "3 of 3 episodes end without a flag, or" in warnings[0] and loaded.mean_return is None
+    assert "3 of 3 episodes end without a flag, or" in warnings[0] and loaded.returns.tolist() == [3, 12, 21]
 
 
 # ---- What a set says of itself

@@ -246,7 +246,7 @@ def test_normalized_score(robot, mean_return, score):
 
 
 def test_closing_lines():
-    """The data's own mean is (4 + 3) / 2; a mean of the curve where there is one; no mean of pieces of episodes."""
+    """The data's own mean is (4 + 3) / 2; a mean of the curve where there is one."""
     data = dataset_of(gym.make("Pendulum-v1", g=5))
     data.spec.max_episode_steps = 4
     evaluator = Evaluator(data, "auto", 2)
@@ -256,8 +256,6 @@ def test_closing_lines():
     assert report["evaluation"] == "2 episodes in Pendulum-v1(g=5), physics stock"
     assert "return      5.0" in report["mean of the curve"]
     assert "mean of the curve" not in score_report(data, [(5, 1.0)], evaluator)
-    data.complete = np.zeros(2, bool)
-    assert "not told" in score_report(data, [(5, 1.0)], evaluator)["data's own mean"]
 
 
 def test_d4rl_physics_are_those_of_the_robots_that_d4rl_used():

@@ -110,7 +110,8 @@ def new_run(folder: Path, fingerprint="data", args_class=Args, **changes) -> Run
         **dict(env_id="test", device="cpu", run_dir=folder / "runs", stage_dir=folder / "stages") | changes
     )
     facts = dict.fromkeys(("source", "path", "sha256", "note", "simulator"), "")
-    facts |= dict(env_id="test", fingerprint=fingerprint, episodes=1, complete_episodes=1, steps=1, mean_return=None)
+    facts |= dict.fromkeys(("episodes", "complete_episodes", "steps", "mean_return", "std_return"), 1)
+    facts |= dict(env_id="test", fingerprint=fingerprint)
     run = Run(args)
     run.open(SimpleNamespace(facts=lambda: facts), SimpleNamespace(physics="stock"))
     return run

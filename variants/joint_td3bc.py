@@ -129,7 +129,6 @@ LAPTOP = dict(
     guidance_scale=1.0,
     synthesis_batch_size=1024,
     agent_updates=50_000,
-    eval_every=5_000,
 )
 
 # Return scale [DAWM App.] and target return ([unspecified]; from [DWM App.]'s grids) of the paper's tasks. Any other

@@ -152,7 +152,6 @@ LAPTOP = dict(
     idm_width=256,
     synthesis_batch_size=1024,
     agent_updates=50_000,
-    eval_every=5_000,
 )
 
 # Return scale [DAWM App.] and target return ([unspecified]; from [DWM App.]'s grids) of the paper's tasks. Any other
