@@ -164,8 +164,8 @@ def interval(samples: list[np.ndarray], statistic) -> tuple[float, float]:
 
 
 def detectable(variances: list[float], seeds: int) -> float:
-    """Smallest true difference between two learners, in the mean over the tasks, that a two-sided t-test at the 5 % level
-    finds with 80 % power.
+    """Smallest true difference between two learners, in the mean over the tasks, that a two-sided t-test finds, at the
+    5 % level with 80 % power.
 
     `variances` between the seeds on each task, the same for both learners; each has so many seeds on each task.
     """
