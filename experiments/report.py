@@ -7,7 +7,8 @@
 The file has each run's arguments, revision, data and evaluations, no weights; later runs add lines to it. A run's score
 is the mean of its evaluations in the second half of the training, where controls have settled. Over tasks: the
 interquartile mean, with 95 % intervals from seeds drawn anew within each task, as Agarwal et al., 2021, "Deep RL at the
-Edge of the Statistical Precipice" recommend. What the page says of the paper is the paper's: D4RL's data, its scale.
+Edge of the Statistical Precipice" recommend; and the mean difference, with the 95 % interval of the tasks, which asks
+for no second seed. What the page says of the paper is the paper's: D4RL's data, its scale.
 """
 
 import csv
@@ -156,6 +157,13 @@ def improvement(mine: list[np.ndarray], others: list[np.ndarray]) -> tuple[float
     return statistic(*mine, *others), *interval([*mine, *others], statistic)
 
 
+def above(mine: list[np.ndarray], others: list[np.ndarray]) -> tuple[float, float, float]:
+    """By how much mine scores above others in the mean over the tasks; its interval, by Student's t over the tasks."""
+    by = [x.mean() - y.mean() for x, y in zip(mine, others, strict=True)]
+    ends = stats.ttest_1samp(by, 0).confidence_interval() if len(by) > 1 else (math.nan, math.nan)
+    return float(np.mean(by)), *map(float, ends)
+
+
 def interval(samples: list[np.ndarray], statistic) -> tuple[float, float]:
     if min(map(len, samples)) < 2:
         return math.nan, math.nan
@@ -280,13 +288,14 @@ def section(table: str, rows: list[Row], paper: bool) -> str:
     lines = []
     for learner, some in present.items():
         mean = in_brackets(*iqm(scores(some, shared))) if shared else "-"
-        other, better = rival(learner, present), "-"
+        other, better = rival(learner, present), ["-", "-"]
         if both := [task for task in some if task in present.get(other, {})]:
-            better = in_brackets(*improvement(scores(present[other], both), scores(some, both)), digits=2)
+            pair = scores(present[other], both), scores(some, both)
+            better = [in_brackets(*above(*pair)), in_brackets(*improvement(*pair), digits=2)]
         numbers = [told([row.score for row in some[task]], most) if task in some else "-" for task in tasks]
-        lines.append([f"`{learner}`", *numbers, mean, better])
+        lines.append([f"`{learner}`", *numbers, mean, *better])
     over = f"interquartile mean, {len(shared)} task{'s' * (len(shared) != 1)}"
-    head = ["learner", *map(short, tasks), over, "P(DAWM better)"]
+    head = ["learner", *map(short, tasks), over, "DAWM above it by", "P(DAWM better)"]
     revisions = ", ".join(f"{name} ({count} runs)" for name, count in Counter(r.revision for r in used).items())
     command = f"python experiments/study.py {'paper' if paper else table} --seeds {most}"
     text = f"### {title}{' (paper scale)' * paper}\n\n"

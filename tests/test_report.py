@@ -60,6 +60,16 @@ def test_probability_of_improvement_by_hand():
     assert report.improvement(one, one)[0] == 0.5
 
 
+def test_difference_over_the_tasks_by_hand():
+    """3, 1 and 2 on three tasks: sd 1, so 2 ± 4.303 / sqrt(3), the t of two degrees of freedom (any table)."""
+    mine, others = (
+        [np.array([4.0, 6]), np.array([2.0]), np.array([2.0])],
+        [np.array([2.0]), np.array([1.0]), np.zeros(2)],
+    )
+    assert report.above(mine, others) == pytest.approx((2, 2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5), abs=1e-3)
+    assert np.isnan(report.above(mine[:1], others[:1])[1])
+
+
 def test_the_detectable_difference_has_the_power_that_it_says():
     """20,000 studies of two learners that differ by it: a pooled t-test over the tasks finds four in five."""
     deviations, seeds, studies = np.array([1.0, 2.0, 3.0]), 6, 20_000
