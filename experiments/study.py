@@ -327,9 +327,11 @@ def in_the_queue(run_dir: Path) -> set[str]:
     file = run_dir / "logs" / "submitted.jsonl"
     if not file.exists() or not shutil.which("squeue"):
         return set()
-    listed = subprocess.run(["squeue", "-h", "-r", "-o", "%i"], capture_output=True, text=True).stdout.split()
+    listed = subprocess.run(["squeue", "-h", "-r", "-o", "%i"], capture_output=True, text=True)
+    if listed.returncode:
+        raise UserError(f"squeue does not say what is queued ({' '.join(listed.stderr.split())}); try again later")
     submitted = map(json.loads, file.read_text().splitlines())
-    return {name for number, name in submitted if number in listed}
+    return {name for number, name in submitted if number in listed.stdout.split()}
 
 
 def last_line(log: Path, before: str = "\n") -> str:
@@ -375,7 +377,7 @@ def print_status(jobs: list[Job], states: list[State], args: Study) -> None:
 
 
 class Attempt:
-    """One run, as a child of this process: begun, or gone on with where it was cut, until it ends by itself.
+    """One run, as a child of this process: begun, or gone on with where it was cut, until it ends or is stopped.
 
     Called by a worker here or by submitit, which calls `checkpoint` when the cluster takes the machine away.
     """
@@ -389,10 +391,8 @@ class Attempt:
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             with locked(log):  # another study may have it in hand
-                code = 0 if done_in(self.job, folders_in(self.run_dir)) else STOPPED
-                while code == STOPPED and not Signals.received:
-                    code = self.once(log)
-                if code not in (0, STOPPED):
+                code = 0 if done_in(self.job, folders_in(self.run_dir)) or Signals.received else self.once(log)
+                if code and not (code == STOPPED and Signals.received):
                     raise UserError(f"{ending(log).told}; {log}")
         except OSError as error:
             raise UserError(disk_trouble(error.filename or log, error))
@@ -470,7 +470,7 @@ def run_here(jobs: list[Job], args: Study) -> None:
     if Signals.received:
         raise Stopped("with checkpoints of the runs under way")
     if failed:
-        raise UserError(f"{len(failed)} of {len(jobs)} runs failed, see above; the same command tries them again")
+        raise UserError(f"{len(failed)} of {len(jobs)} runs are not done, see above; the same command goes on")
 
 
 source_of = cache(stage_source)
@@ -526,8 +526,10 @@ def submit(jobs: list[Job], args: Study) -> None:
         except RuntimeError as error:  # what sbatch says
             raise UserError(f"the cluster did not take the jobs: {one_line(error)}; see --memory, --gpus, --slurm")
         (args.run_dir / "logs").mkdir(exist_ok=True)
-        with open(args.run_dir / "logs" / "submitted.jsonl", "a") as file:
-            file.writelines(json.dumps([x.job_id, job.name]) + "\n" for x, job in zip(submitted, group, strict=True))
+        if args.cluster == "slurm":
+            with open(args.run_dir / "logs" / "submitted.jsonl", "a") as file:
+                numbers = zip(submitted, group, strict=True)
+                file.writelines(json.dumps([x.job_id, job.name]) + "\n" for x, job in numbers)
         behind = {"dependency": f"afterany:{submitted[0].job_id.split('_')[0]}"}
         print(f"{len(group)} runs in job {submitted[0].job_id.split('_')[0]}, logs in {args.run_dir / 'logs'}")
 

@@ -156,7 +156,7 @@ if way == "dies":
 if way == "hungry":
     b"x" * 2**30
 if way == "cut" and not before:
-    sys.exit(print("stopped by SIGTERM in stage agent") or 75)
+    sys.exit(print("stopped by SIGTERM in stage agent") or 75)  # by a user, or by a cluster that cancels the job
 if way == "waits" and not before:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(print("stopped by SIGTERM in stage agent") or 75))
     signal.signal(signal.SIGUSR1, lambda *_: sys.exit(print("stopped by SIGUSR1 in stage agent") or 75))
@@ -190,11 +190,11 @@ def kinds(jobs: list[Job], run_dir: Path) -> list[str]:
 
 
 def test_a_run_that_fails_is_told_and_the_rest_goes_on(made_up, capsys):
-    """A crash, a full disk, a kill, too much memory; one that was cut goes on by itself. The next call tries again."""
+    """A crash, a full disk, a kill, too much memory, one that a user stopped. The next call tries again."""
     jobs, run_dir = made_up("good", "crash", "full", "dies", "hungry", "cut", "good"), made_up.run_dir
     args = Study("first", run_dir=run_dir, workers=2, memory=0.5)
     assert kinds(jobs, run_dir) == ["to do"] * 7
-    with pytest.raises(UserError, match="4 of 7 runs failed, see above; the same command tries them again"):
+    with pytest.raises(UserError, match="5 of 7 runs are not done, see above; the same command goes on"):
         study.run_here(jobs, args)
     lines = capsys.readouterr().out.splitlines()
     told = {line.split("__")[2].split()[0]: line for line in lines}
@@ -202,13 +202,13 @@ def test_a_run_that_fails_is_told_and_the_rest_goes_on(made_up, capsys):
     assert told["1"].endswith(f"ValueError: a bug in the middle; {study.log_of(jobs[1], run_dir)}")
     assert "error: cannot write x (No space left on device; 0 MiB free there); make room" in told["2"]
     assert "killed by SIGKILL, by hand or for want of memory" in told["3"] and "MemoryError" in told["4"]
-    assert all(told[seed].endswith("done") for seed in "056")
-    assert kinds(jobs, run_dir) == ["done", *["failed"] * 4, "done", "done"]
+    assert all(told[seed].endswith("done") for seed in "06") and "stopped by SIGTERM in stage agent" in told["5"]
+    assert kinds(jobs, run_dir) == ["done", *["failed"] * 4, "stopped", "done"]
     study.print_status(jobs, study.states_of(jobs, run_dir), args)
     text = capsys.readouterr().out
-    assert re.search(r"^all +3 +0 +0 +0 +4 +0$", text, flags=re.M)
+    assert re.search(r"^all +2 +0 +0 +1 +4 +0$", text, flags=re.M)
     assert "failed: data__fake__1: ValueError: a bug in the middle" in text
-    assert "time left: 0.0 hours of one worker, 0.0 of the 2 here" in text  # 4 x 36 s
+    assert "time left: 0.1 hours of one worker, 0.0 of the 2 here" in text  # 5 x 36 s
     cores = sorted(os.sched_getaffinity(0))
     used = [json.loads((run_dir / f"tried-{seed}").read_text()) for seed in range(7)]
     assert all(some in study.places(args) for some in used) and set(itertools.chain(*used)) <= set(cores)
@@ -229,7 +229,7 @@ def test_a_full_disk_of_the_study_itself_is_one_line(made_up, capsys, monkeypatc
     jobs = made_up("good")
     real = open
     monkeypatch.setitem(study.__dict__, "open", lambda path, *how, **more: real("/dev/full", *how, **more))
-    with pytest.raises(UserError, match="1 of 1 runs failed"):
+    with pytest.raises(UserError, match="1 of 1 runs are not done"):
         study.run_here(jobs, Study("first", run_dir=made_up.run_dir))
     (line,) = capsys.readouterr().out.splitlines()
     assert "cannot write" in line and "No space left on device" in line and "make room" in line
@@ -277,6 +277,9 @@ def test_what_was_cut_without_a_word_and_what_is_queued(made_up, tmp_path, monke
     fake(tmp_path, monkeypatch, "squeue", "echo 12_1; echo 13_0")
     told = [(state.kind, state.told) for state in study.states_of(jobs, made_up.run_dir)]
     assert told == [("stopped", "cut off behind: agent 7 of 10"), ("to do", ""), ("queued", "")]
+    fake(tmp_path, monkeypatch, "squeue", "echo no controller >&2; exit 1")
+    with pytest.raises(UserError, match="squeue does not say what is queued"):
+        study.states_of(jobs, made_up.run_dir)
 
 
 def fake(folder: Path, monkeypatch, program: str, text: str) -> None:
@@ -298,7 +301,7 @@ def test_submitit_runs_them_each_once(made_up, capsys, monkeypatch):
     jobs = made_up("good", "crash", "cut")
     study.submit(jobs, Study("first", run_dir=made_up.run_dir, cluster="local"))
     assert capsys.readouterr().out.count("runs in job") == 2
-    wait_for(lambda: kinds(jobs, made_up.run_dir) == ["done", "failed", "done"])
+    wait_for(lambda: kinds(jobs, made_up.run_dir) == ["done", "failed", "stopped"])
     errors = made_up.run_dir / "submitit"
     wait_for(lambda: any("a bug in the middle" in x.read_text() for x in errors.glob("*.err")))
 

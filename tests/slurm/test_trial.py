@@ -1,10 +1,12 @@
-"""A grid of 20 runs on a real Slurm of one node: one run preempted, one killed; the end is that of the same grid here.
+"""A grid of 20 runs on a real Slurm of one node: one is preempted, one cancelled, one killed; the end is that of the
+same grid here.
 
 pytest tests/slurm --full -s     prints the transcript; as root, with slurm-wlm and munge installed (one_node.sh)
 """
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -55,12 +57,14 @@ def squeue() -> list[str]:
     return subprocess.run(["squeue", "-h", "-r", "-o", "%i"], capture_output=True, text=True).stdout.split()
 
 
-def signal_job(folder: Path, learner: str, seed: int, name: str) -> None:
+def signal_job(folder: Path, learner: str, seed: int, name: str | None = None) -> None:
+    """A signal to a job whose agent learns, or its end."""
     wait_for(lambda: in_its_agent(folder, learner, seed), minutes=60)
     lines = map(json.loads, (folder / "logs" / "submitted.jsonl").read_text().splitlines())
     (number,) = [number for number, job in lines if job == f"hopper-medium-v2__{learner}__{seed}"]
-    print(f"$ scancel --signal={name} {number}    # {learner}, seed {seed}", flush=True)
-    subprocess.run(["scancel", f"--signal={name}", number], check=True)
+    words = ["scancel", *(["--signal", name] if name else []), number]
+    print(f"$ {shlex.join(words)}    # {learner}, seed {seed}", flush=True)
+    subprocess.run(words, check=True)
 
 
 def outcome(folder: Path) -> dict:
@@ -78,15 +82,19 @@ def test_a_grid_on_slurm_ends_as_here(tmp_path, slurm):
     there, here = tmp_path / "there", tmp_path / "here"
     study(there, "--cluster", "slurm", "--memory", "2")
     signal_job(there, "dawm_td3bc", 0, "USR1")
-    signal_job(there, "td3bc", 1, "KILL")
+    signal_job(there, "td3bc", 1)
+    wait_for(lambda: in_its_agent(there, "cloning", 2), minutes=60)
+    print("$ pkill -KILL -f -- '--seed 2 --exp-name cloning'", flush=True)
+    subprocess.run(["pkill", "-KILL", "-f", "--", "dawm_td3bc .*--seed 2 --exp-name cloning"], check=True)
     study(there, "--status")
     wait_for(lambda: not squeue(), minutes=60)
     told = study(there, "--status")
-    assert "stopped: hopper-medium-v2__td3bc__1: cut off" in told and " 19 " in told
+    assert "stopped: hopper-medium-v2__td3bc__1: stopped by SIGTERM in stage agent" in told and " 18 " in told
+    assert "failed: hopper-medium-v2__cloning__2: killed by SIGKILL" in told
     study(there, "--cluster", "slurm", "--memory", "2")
     wait_for(lambda: not squeue(), minutes=60)
     assert " 20        0        0        0        0        0" in study(there, "--status")
-    for learner, seed in (("dawm_td3bc", 0), ("td3bc", 1)):
+    for learner, seed in (("dawm_td3bc", 0), ("td3bc", 1)):  # the killed one may not have had a checkpoint
         log = (there / "logs" / f"hopper-medium-v2__{learner}__{seed}.log").read_text()
         assert "goes on at" in log, log
         print(f"$ grep agent: {learner}, seed {seed}", *[x for x in log.splitlines() if "agent   " in x], sep="\n")
