@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dawm_iql
 import dawm_td3bc
 from baselines import decision_diffuser
-from common.cli import Count, parse_args, tell
+from common.cli import Count, run_script
 from common.evaluation import make_env
 from common.run import processor
 
@@ -178,4 +178,4 @@ def main(options: Args) -> None:
 
 
 if __name__ == "__main__":
-    tell(lambda: main(parse_args(Args, {})))
+    run_script(main, Args)

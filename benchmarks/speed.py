@@ -400,6 +400,6 @@ def main(options: Args) -> None:
 
 
 if __name__ == "__main__":
-    from common.cli import parse_args, tell
+    from common.cli import run_script
 
-    tell(lambda: main(parse_args(Args, {})))
+    run_script(main, Args)

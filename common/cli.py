@@ -36,7 +36,7 @@ GRACE = 4  # seconds from a signal to the end, unless a checkpoint is being writ
 class RunArgs:
     env_id: str = "hopper-medium-v2"  # D4RL name, local/ROBOT/QUALITY-v0 (made here), or any Minari id
     data_path: Path | None = None  # a file in D4RL's HDF5 layout to read instead of the published one
-    laptop: bool = False  # defaults for two CPU cores and an hour, not the paper's; any flag given still wins
+    laptop: bool = False  # defaults for a CPU and half an hour, not the paper's; any flag given still wins
     seed: Seed = 0  # seed of the agent; the generative stages have their own
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU if there is one
     threads: Annotated[int, (0, 1024)] = 0  # CPU threads of torch, 0: its own choice; last digits depend on it
@@ -54,23 +54,23 @@ class RunArgs:
     physics: Literal["auto", "d4rl", "stock"] = "auto"  # capsule masses of the simulator; auto: the data's
 
 
-def run_script(main, args_class: type, laptop: dict, presets: dict[str, dict] | None = None) -> None:
+def run_script(main, args_class: type, laptop: dict | None = None, presets: dict[str, dict] | None = None) -> None:
     """main(args) from the command line. --preset NAME starts from the defaults presets[NAME], --laptop from `laptop`,
     which wins over a preset; any flag given still wins. Bad input ends with code 2, a signal with 75.
     """
     tell(lambda: main(parse_args(args_class, laptop, presets)))
 
 
-def parse_args(args_class: type, laptop: dict, presets: dict[str, dict] | None = None):
+def parse_args(args_class: type, laptop: dict | None = None, presets: dict[str, dict] | None = None):
     words = " ".join(sys.argv[1:]).replace("--preset=", "--preset ").split()
     named = [(presets or {}).get(value, {}) for flag, value in itertools.pairwise(words) if flag == "--preset"]
-    defaults = args_class(**((named[-1] if named else {}) | (laptop if "--laptop" in words else {})))
+    defaults = args_class(**((named[-1] if named else {}) | (laptop if laptop and "--laptop" in words else {})))
     if {"-h", "--help"} & {*sys.argv}:
         print(sys.modules[args_class.__module__].__doc__)  # by itself: tyro would join its lines
     told = io.StringIO()
     try:
         with redirect_stderr(told):
-            args = tyro.cli(args_class, default=defaults, description="")
+            args = tyro.cli(args_class, prog=shlex.join(["python", *program()]), default=defaults, description="")
     except SystemExit as stop:
         if not stop.code:
             raise  # --help
@@ -145,14 +145,14 @@ class Signals:
         os._exit(STOPPED)
 
 
-def command() -> list[str]:
-    """The words behind `python` that started this process."""
+def program() -> list[str]:
+    """The words behind `python` that name what this process runs."""
     spec = sys.modules["__main__"].__spec__  # of python -m MODULE
-    return [*(["-m", spec.name] if spec else sys.argv[:1]), *sys.argv[1:]]
+    return ["-m", spec.name] if spec else sys.argv[:1]
 
 
 def how_to_go_on() -> str:
-    return f"to go on: {shlex.join([Path(sys.executable).name, *command()])}"
+    return f"to go on: {shlex.join([Path(sys.executable).name, *program(), *sys.argv[1:]])}"
 
 
 def tell(main) -> None:

@@ -17,10 +17,9 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 from common import UserError
-from common.cli import tell
+from common.cli import run_script
 from common.data import D4RL_KEYS, MINARI_KEYS, OfflineDataset, load_dataset, minari_root
 from common.evaluation import make_env, to_box
 from common.files import check_whole, disk_trouble, locked, one_line, sha256_of, sync
@@ -33,9 +32,10 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 
+@tyro.conf.configure(tyro.conf.PositionalRequiredArgs)
 @dataclass
 class Args:
-    source: Annotated[Path, tyro.conf.Positional]  # a finished run's folder, or a kept set (.safetensors)
+    source: Path = tyro.MISSING  # a finished run's folder, or a kept set (.safetensors)
     hdf5: Path | None = None  # new file in D4RL's HDF5 layout
     minari: str | None = None  # new Minari data set NAMESPACE/NAME-vN: minutes, for it keeps eight objects per episode
 
@@ -106,7 +106,7 @@ def read_set(source: Path) -> tuple[np.ndarray, np.ndarray, dict]:
             raise UserError(f"{source} keeps no synthetic set (stages: {', '.join(kept) or 'none'})")
         source = Path(kept["synthesize"])
     if not source.is_file():
-        raise UserError(f"{source} does not exist; run its command again, which makes the set anew")
+        raise UserError(f"{source} does not exist; give a finished run's folder, or run its command again")
     check_whole(source, "run its command again after deleting it")
     try:
         with safe_open(source, "np") as file:
@@ -220,4 +220,4 @@ def provenance_of(source: Path, manifest: dict) -> dict:
 
 
 if __name__ == "__main__":
-    tell(lambda: main(tyro.cli(Args, description=__doc__)))
+    run_script(main, Args)

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from common import UserError
-from common.cli import args_of, command
+from common.cli import args_of, program
 from common.files import disk_trouble, take_lock, write_text, write_whole
 from common.stages import Stage
 
@@ -107,7 +107,7 @@ class Run:
         self.content = {
             "args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()},
             "data": data, "constants": constants, "physics": evaluator.physics,
-            "module": _module_of(self.args), "command": command(), "cwd": os.getcwd(),
+            "module": _module_of(self.args), "command": [*program(), *sys.argv[1:]], "cwd": os.getcwd(),
             "code": _code_of(self.args), "git": _git_revision(),
             "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
             "hardware": {

@@ -33,7 +33,7 @@ from typing import Annotated, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import UserError
-from common.cli import Count, parse_args, tell
+from common.cli import Count, run_script
 from common.files import write_text
 from variants.uncertain_td3bc import second_answer
 
@@ -504,4 +504,4 @@ def main(options: Args) -> None:
 
 
 if __name__ == "__main__":
-    tell(lambda: main(parse_args(Args, {})))
+    run_script(main, Args)

@@ -20,7 +20,7 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import UserError
-from common.cli import Count, Seed, parse_args, tell
+from common.cli import Count, Seed, run_script
 from common.evaluation import Evaluator, described, robot_of
 from common.files import one_line
 
@@ -134,4 +134,4 @@ def stick_figure(robot: gym.Env) -> Image.Image:
 
 
 if __name__ == "__main__":
-    tell(lambda: main(parse_args(Args, {})))
+    run_script(main, Args)

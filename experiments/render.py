@@ -23,7 +23,7 @@ from typing import Annotated, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import UserError
-from common.cli import parse_args, tell
+from common.cli import run_script
 from common.files import write_whole
 
 import mujoco
@@ -261,4 +261,4 @@ def main(options: Args) -> None:
 
 
 if __name__ == "__main__":
-    tell(lambda: main(parse_args(Args, {})))
+    run_script(main, Args)

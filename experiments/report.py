@@ -410,4 +410,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Args, {})
+    run_script(main, Args)

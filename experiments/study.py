@@ -554,4 +554,4 @@ def main(args: Study) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Study, {})
+    run_script(main, Study)

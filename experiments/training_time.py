@@ -18,7 +18,7 @@ from typing import Annotated
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import UserError
-from common.cli import Count, parse_args, tell
+from common.cli import Count, run_script
 from common.files import write_whole
 from common.run import Run
 
@@ -109,4 +109,4 @@ def main(options: Args) -> None:
 
 
 if __name__ == "__main__":
-    tell(lambda: main(parse_args(Args, {})))
+    run_script(main, Args)

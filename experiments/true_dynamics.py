@@ -21,7 +21,7 @@ from typing import Annotated, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import UserError
-from common.cli import Count, Seed, parse_args, tell
+from common.cli import Count, Seed, run_script
 from common.evaluation import score_report
 from common.run import Run
 
@@ -124,4 +124,4 @@ def print_table(out: Path, settings: dict) -> None:
 
 
 if __name__ == "__main__":
-    tell(lambda: main(parse_args(Args, {})))
+    run_script(main, Args)

@@ -28,7 +28,6 @@ from pathlib import Path
 import gymnasium as gym
 import minari
 import numpy as np
-import tyro
 from minari.data_collector import EpisodeBuffer
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
@@ -36,7 +35,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import UserError
-from common.cli import tell
+from common.cli import run_script
 from common.data import LOCAL_RECIPE, ROBOTS, minari_root
 from common.evaluation import REFERENCE_RETURNS, make_env, quiet
 from common.export import minari_writes_to
@@ -299,4 +298,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    tell(lambda: main(tyro.cli(Args)))
+    run_script(main, Args)

@@ -25,11 +25,10 @@ from typing import Literal
 import gymnasium as gym
 import numpy as np
 import torch
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import UserError
-from common.cli import Signals, Stopped, tell
+from common.cli import Signals, Stopped, run_script
 from common.data import KNOWN, ROBOTS
 from common.evaluation import Evaluator, make_env
 from common.files import locked, sha256_of, write_whole
@@ -253,4 +252,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    tell(lambda: main(tyro.cli(Args)))
+    run_script(main, Args)

@@ -102,7 +102,7 @@ def test_the_resolution_of_known_controls(places, capsys):
 def test_one_seed_decides_nothing(places, monkeypatch):
     report.write(rows_of(["hopper-medium"], seeds=1))
     monkeypatch.setattr(sys, "argv", ["report.py"])
-    report.run_script(report.main, report.Args, {})  # as from the command line
+    report.run_script(report.main, report.Args)  # as from the command line
     text = report.PAGE.read_text()
     assert "| hopper m | 30.0 | 39.0 | 49.0 | 10.0 | - |" in text and "a spread needs two seeds or more" in text
     assert "of 300 updates, as far as" not in text and "nan" not in text

@@ -131,7 +131,7 @@ def test_bad_input_is_one_line(words, told, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["study.py", *words.split(), f"--run-dir={tmp_path}"])
     monkeypatch.setenv("PATH", "")
     with pytest.raises(SystemExit) as stop:
-        study.run_script(study.main, Study, {})
+        study.run_script(study.main, Study)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and told in error and error.count("\n") == 1, error
 
@@ -383,7 +383,7 @@ def test_a_run_of_the_grid_is_made_once_and_found(tmp_path, monkeypatch, capsys)
 
     def call(*more: str) -> str:
         monkeypatch.setattr(sys, "argv", [*words, *more])
-        study.run_script(study.main, Study, {})
+        study.run_script(study.main, Study)
         return capsys.readouterr().out
 
     assert shlex.split(call("--dry-run").splitlines()[1])[:3] == ["python", "-m", "dawm_td3bc"]
