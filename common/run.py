@@ -242,7 +242,8 @@ class Run:
         lines = {}
         for row in self._controls():
             score = f"normalized score {row['score']:>6} ± {row['score_std']}" if row["score"] else "no D4RL reference"
-            told = f"   (mean of the curve, {len(row['seeds'].split())} seeds)"
+            flags = row["command"].partition(" --synthetic-fraction 0")[2]
+            told = f"   (mean of the curve, {len(row['seeds'].split())} seeds{flags and ' of' + flags})"
             lines[row["control"]] = f"return {float(row['return']):8.1f}   {score}{told}"
         return lines
 

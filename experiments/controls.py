@@ -1,12 +1,13 @@
 """Adds what learners reach without a world model to common/controls.csv, which every run's closing lines compare with.
 
-    data="--env-id local/hopper/medium-v0 --laptop --synthetic-fraction 0 --run-dir runs/controls"
-    for seed in 0 1 2; do
-      python dawm_td3bc.py $data --seed $seed --bc-alpha 0
-      python dawm_td3bc.py $data --seed $seed
-      python dawm_iql.py $data --seed $seed
+    data="--run-dir runs/controls --env-id local/hopper/medium-v0 --laptop --synthetic-fraction 0"
+    for seed in 0 1; do                                      # or dawm_iql.py
+      python dawm_td3bc.py $data --bc-alpha 0 --agent-updates 5000 --eval-every 500 --seed $seed
+      python dawm_td3bc.py $data --bc-alpha 1 --agent-updates 25000 --eval-every 2500 --seed $seed    # as make demo
     done
     python experiments/controls.py runs/controls
+
+These make the rows that are there; flags behind --synthetic-fraction 0 are told with each.
 
 A row is for the data whose fingerprint it has, so one of data that have changed since is shown nowhere; it goes when
 the same control is measured on the new ones. Mean over seeds of the mean of the curve; standard deviation n - 1.

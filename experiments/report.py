@@ -160,7 +160,7 @@ def improvement(mine: list[np.ndarray], others: list[np.ndarray]) -> tuple[float
 def above(mine: list[np.ndarray], others: list[np.ndarray]) -> tuple[float, float, float]:
     """By how much mine scores above others in the mean over the tasks; its interval, by Student's t over the tasks."""
     by = [x.mean() - y.mean() for x, y in zip(mine, others, strict=True)]
-    ends = stats.ttest_1samp(by, 0).confidence_interval() if len(by) > 1 else (math.nan, math.nan)
+    ends = stats.ttest_1samp(by, 0).confidence_interval() if len(by) > 2 else (math.nan, math.nan)
     return float(np.mean(by)), *map(float, ends)
 
 
@@ -291,20 +291,25 @@ def section(table: str, rows: list[Row], paper: bool) -> str:
         other, better = rival(learner, present), ["-", "-"]
         if both := [task for task in some if task in present.get(other, {})]:
             pair = scores(present[other], both), scores(some, both)
-            better = [in_brackets(*above(*pair)), in_brackets(*improvement(*pair), digits=2)]
+            on = f" ({len(both)} task{'s' * (len(both) > 1)})" * (len(both) != len(shared))
+            better = [in_brackets(*above(*pair)) + on, in_brackets(*improvement(*pair), digits=2) + on]
         numbers = [told([row.score for row in some[task]], most) if task in some else "-" for task in tasks]
         lines.append([f"`{learner}`", *numbers, mean, *better])
     over = f"interquartile mean, {len(shared)} task{'s' * (len(shared) != 1)}"
     head = ["learner", *map(short, tasks), over, "DAWM above it by", "P(DAWM better)"]
-    revisions = ", ".join(f"{name} ({count} runs)" for name, count in Counter(r.revision for r in used).items())
+    revisions = ", ".join(f"{name} ({count})" for name, count in Counter(r.revision for r in used).items())
     command = f"python experiments/study.py {'paper' if paper else table} --seeds {most}"
     text = f"### {title}{' (paper scale)' * paper}\n\n"
-    text += f"`{command}`, revision {revisions}; {most} seeds a cell, or as many as stand in brackets.\n\n"
+    hours = sum({id(row): row.seconds for row in used}.values()) / 3600
+    text += wrapped(
+        f"`{command}`: {len(used)} runs, {hours:.0f} hours of a core, of revisions {revisions}; {most} agent "
+        f"seed{'s' * (most > 1)} a cell, or as many as stand in brackets."
+    )
     text += markdown(head, lines) + "\n"
     wanted = {x: [t for t in some if paper or t not in NOT_SHIPPED] for x, some in GRIDS[table].items()}
     missing = {x: most * len(some) - sum(map(len, cells[x].values())) for x, some in wanted.items()}
     if any(missing.values()):
-        text += wrapped("Missing: " + ", ".join(f"{n} runs of `{x}`" for x, n in missing.items() if n) + ".")
+        text += wrapped("Runs that are missing: " + ", ".join(f"{n} of `{x}`" for x, n in missing.items() if n) + ".")
     ruined, trained = present.get("undertrained_td3bc", {}), present.get("dawm_td3bc", {})
     both = [task for task in ruined if task in trained]
     if both and min(len(some[task]) for some in (ruined, trained) for task in both) > 1:
