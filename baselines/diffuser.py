@@ -211,7 +211,7 @@ class Windows:
         self.train, self.held_out = self.split(self.usable, args.world_model_holdout, args.seed)
 
     def number_states(self, dataset: OfflineDataset) -> None:
-        """obs [N + E, obs_dim]: an episode of T transitions has T+1 states, so its rows shift by its number. `start`
+        """obs [N + E, obs_dim]: T transitions have T+1 states, so pair i of episode e is row i + e. `start`
         and `final` [N] are the rows of a pair's own state and of its episode's last one. action [N + E, action_dim],
         in the same rows, is 0 in an episode's last one.
         """

@@ -138,7 +138,7 @@ class Windows:
             self.healthy = tuple(torch.as_tensor(x, device=device) for x in (dataset.healthy_low, dataset.healthy_high))
 
     def number_states(self, dataset: OfflineDataset) -> None:
-        """obs and change [N + E, obs_dim]: an episode of T transitions has T+1 states, so its rows shift by its number.
+        """obs and change [N + E, obs_dim]: T transitions have T+1 states, so pair i of episode e is row i + e.
         `start` and `final` [N] are the rows of a pair's own state and of its episode's last one."""
         self.episode = np.repeat(np.arange(len(dataset.lengths)), dataset.lengths)  # of each pair
         self.last = np.cumsum(dataset.lengths) - 1  # last pair of each episode

@@ -72,7 +72,7 @@ class Args(RunArgs):
     horizon: Count = 7  # H: a rollout has H+1 transitions, so H+2 states, the first one real [DAWM Sec. 4]
     model_horizon: Count = 7  # H of the world model's windows [unspecified]; rollouts may take fewer steps [DWM]
     gamma: Share = 0.99  # discount of return-to-go and agent [DAWM Tab. 7]
-    return_to_go: Literal["episode", "window"] = "episode"  # sum to its end, [deviation] below; window as printed
+    return_to_go: Literal["episode", "window"] = "episode"  # sum to the episode's end [deviation], or as printed
 
     # ---- World model
     world_model_seed: Seed = 100  # seed of the diffusion training [DAWM Tab. 7]
@@ -131,7 +131,7 @@ class Args(RunArgs):
 
 # --laptop: the same method with a smaller U-Net and fewer updates, [deviation] throughout; not the paper's scale.
 # Four changes are of kind (docs/method.md): the loss on x0, since Eq. 2's hardly trains what sampling does first; all
-# steps at their full noise, with which rollouts spread more as the data do; each pair's own return as the target,
+# steps at their full noise, so that rollouts spread as the data do; each pair's own return as the target,
 # unguided, so that rollouts are such as the data have; and the horizon with the best Hopper score in [DAWM Tab. 6].
 LAPTOP = dict(
     horizon=1,
@@ -246,7 +246,7 @@ class Windows:
             self.healthy = tuple(torch.as_tensor(x, device=device) for x in (dataset.healthy_low, dataset.healthy_high))
 
     def number_states(self, dataset: OfflineDataset) -> None:
-        """obs and change [N + E, obs_dim]: an episode of T transitions has T+1 states, so its rows shift by its number.
+        """obs and change [N + E, obs_dim]: T transitions have T+1 states, so pair i of episode e is row i + e.
         `start` and `final` [N] are the rows of a pair's own state and of its episode's last one."""
         self.episode = np.repeat(np.arange(len(dataset.lengths)), dataset.lengths)  # of each pair
         self.has_past = np.insert(self.episode[1:] == self.episode[:-1], 0, False)  # whether a state stands before it
