@@ -145,12 +145,12 @@ def test_the_closing_words_compare_with_the_controls(tmp_path, monkeypatch):
     assert closing._told_controls() == {}  # without the file
     (tmp_path / "controls.csv").write_text(
         "control,seeds,return,score,score_std,physics,fingerprint,command\n"
-        "cloning the data,0 1,1234.5,38.2,0.2,d4rl,abc,python x.py --synthetic-fraction 0 --bc-alpha 0\n"
+        "cloning,0 1,1234.5,38.2,0.2,d4rl,abc,python x.py --synthetic-fraction 0 --bc-alpha 0\n"
         "an old one,0 1,1,1,1,d4rl,changed,\nanother one,0 1,1,1,1,stock,abc,\n"
         "TD3,0 1 2,99.0,,,d4rl,abc,python x.py --synthetic-fraction 0\n"
     )
     assert closing._told_controls() == {
-        "cloning the data": "return   1234.5   normalized score   38.2 ± 0.2   (mean of the curve, 2 seeds of --bc-alpha 0)",
+        "cloning": "return   1234.5   normalized score   38.2 ± 0.2   (mean of the curve, 2 seeds of --bc-alpha 0)",
         "TD3": "return     99.0   no D4RL reference   (mean of the curve, 3 seeds)",
     }
 
