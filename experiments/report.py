@@ -302,7 +302,7 @@ def section(table: str, rows: list[Row], paper: bool) -> str:
     text = f"### {title}{' (paper scale)' * paper}\n\n"
     hours = sum({id(row): row.seconds for row in used}.values()) / 3600
     text += wrapped(
-        f"`{command}`: {len(used)} runs, {hours:.0f} hours of a core, of revisions {revisions}; {most} agent "
+        f"`{command}`: {len(used)} runs, {hours:.0f} hours, of revisions {revisions}; {most} agent "
         f"seed{'s' * (most > 1)} a cell, or as many as stand in brackets."
     )
     text += markdown(head, lines) + "\n"
