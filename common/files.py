@@ -4,7 +4,7 @@ import errno
 import hashlib
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from common import UserError
@@ -18,12 +18,13 @@ def sha256_of(path: Path) -> str:
 
 
 def write_whole(path: Path, write, checksum: bool = False) -> None:
-    """write(binary file) into a new file that then takes the name `path`, on the disk whole or not at all.
+    """write(binary file) into a new file that then takes the name `path`, on the disk whole, or UserError.
 
     With `checksum` its sha256 is put beside it first: a file without one was never finished.
     """
     temporary = path.with_name(f".{path.name}.part")  # what a kill leaves of it, the next write replaces
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
@@ -32,10 +33,10 @@ def write_whole(path: Path, write, checksum: bool = False) -> None:
             write_whole(_beside(path), lambda file: file.write(sha256_of(temporary).encode()))
         temporary.replace(path)
     except OSError as error:
-        error.filename = str(path)
-        raise
+        raise UserError(disk_trouble(path, error))
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
     sync(path.parent)
 
 

@@ -10,6 +10,7 @@ another wording keeps it, and another line of code makes a new one.
 import ast
 import hashlib
 import inspect
+import io
 import json
 import random
 import shutil
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from common import UserError
 from common.cli import Signals, Stopped
-from common.files import check_whole, disk_trouble, one_line, remove, take_lock, write_whole
+from common.files import check_whole, one_line, remove, take_lock, write_whole
 
 import numpy as np
 import torch
@@ -96,9 +97,10 @@ class Stage:
     def over(self, items):
         for item in () if self.found else items[self.done :]:
             if Signals.received:
-                saved = self.every and self.checkpoint()
+                if self.every:
+                    self.checkpoint()
                 where = f"in stage {self.name} at {self.at:,} of {self.total:,} {self.unit}s"
-                raise Stopped(f"{where}, {'with a checkpoint' if saved else 'whose progress is not kept'}")
+                raise Stopped(f"{where}, {'with a checkpoint' if self.every else 'whose progress is not kept'}")
             if self.every and time.monotonic() - self.last_saved > self.every:
                 self.checkpoint()
             yield item
@@ -143,9 +145,7 @@ class Stage:
         shutil.rmtree(self.checkpoints, ignore_errors=True)  # of a process killed after it had kept
 
     def _keep(self) -> None:
-        """Write the result whole or not at all. A full disk is told, and the run goes on with what it has: but for a
-        private result, without which it would have made nothing.
-        """
+        """Write the result whole or not at all."""
         tensors = {name: tensor.detach().contiguous() for name, tensor in state_of(self.keeps).items()}
         if not isinstance(self.keeps, dict):  # networks may share a buffer, which a file's entries may not
             tensors = {name: tensor.clone() for name, tensor in tensors.items()}
@@ -156,15 +156,8 @@ class Stage:
             "seconds": self._seconds(), "metrics": self.run.records[self.first_record :], "run": self.run.content,
         }  # fmt: skip
         whole = save(tensors, {"manifest": json.dumps(manifest)})
-        try:
-            write_whole(self.path, lambda file: file.write(whole), checksum=True)
-        except OSError as error:
-            trouble = disk_trouble(self.path, error)
-            if self.private:
-                raise UserError(trouble)
-            self._say(f"could not be kept ({trouble}); the run goes on without")
-        else:
-            shutil.rmtree(self.checkpoints, ignore_errors=True)
+        write_whole(self.path, lambda file: file.write(whole), checksum=True)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def _refuse_nan(self, state) -> None:
         if not all_finite(state):
@@ -172,10 +165,10 @@ class Stage:
 
     # ---- Checkpoints
 
-    def checkpoint(self) -> bool:
-        """Write one, keep two. False if the disk does not take it: the run goes on, the last one stands."""
+    def checkpoint(self) -> None:
+        """Write one, keep two."""
         if self.done == self.saved:
-            return True
+            return
         self.last_saved = time.monotonic()
         state = [state_of(thing) for thing in self.saves]
         self._refuse_nan(state)
@@ -183,14 +176,8 @@ class Stage:
             "done": self.done, "at": self.at, "seconds": self._seconds(), "state": state, "random": random_streams(),
             "records": self.run.records[self.first_record :],
         }  # fmt: skip
-        try:
-            self.run.last_checkpoint = save_checkpoint(self.checkpoints, self.done, content)
-        except (OSError, RuntimeError) as error:  # torch tells a full disk as a RuntimeError
-            where = self.checkpoints / f"{self.done:012d}.pt"
-            self.run.say("warning", f"{disk_trouble(where, error)}; the run goes on without this checkpoint")
-            return False
+        self.run.last_checkpoint = save_checkpoint(self.checkpoints, self.done, content)
         self.saved = self.done
-        return True
 
     def _restore(self) -> None:
         path, content = load_checkpoint(self.checkpoints, self.run.device, lambda text: self.run.say("warning", text))
@@ -259,9 +246,9 @@ def save_checkpoint(folder: Path, number: int, content: dict) -> Path:
     """Write plain values and tensors, their sha256 beside them; the newest two stay."""
     Signals.saving = True
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{number:012d}.pt"
-        write_whole(path, lambda file: torch.save(content, file), checksum=True)
+        torch.save(content, whole := io.BytesIO())  # into a file, it would tell a full disk as a bug of its own
+        write_whole(path, lambda file: file.write(whole.getbuffer()), checksum=True)
         for old in sorted(x for x in folder.glob("*.pt") if x < path)[:-1]:
             remove(old)
         return path

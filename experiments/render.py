@@ -236,11 +236,7 @@ def write_gif(path: Path, frames: list[Image.Image], durations: list[int]) -> in
     first, *others = (frame.quantize(dither=Image.Dither.NONE) for frame in frames)
     buffer = BytesIO()
     first.save(buffer, "GIF", save_all=True, append_images=others, duration=durations, loop=0)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda file: file.write(buffer.getvalue()))
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}); give another path")
+    write_whole(path, lambda file: file.write(buffer.getvalue()))
     return len(buffer.getvalue())
 
 

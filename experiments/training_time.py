@@ -97,7 +97,6 @@ def draw(options: Args) -> None:
         axis.grid(alpha=0.3, which="both")
     figure.axes[0].set_ylabel("error of the generated next state [sd of the data]")
     figure.axes[0].legend(fontsize=8)
-    options.out.mkdir(parents=True, exist_ok=True)
     write_whole(options.out / "training_time.png", lambda file: figure.savefig(file, dpi=100, format="png"))
     print(f"wrote {options.out / 'training_time.png'}")
 

@@ -229,7 +229,6 @@ def choose_medium(candidates: list[Policy], target: float, target_std: float) ->
 
 def ship(args: Args, chosen: dict[str, Policy]) -> None:
     """Replace this robot's files in behavior_dir, and list the sha256 of all there."""
-    args.behavior_dir.mkdir(parents=True, exist_ok=True)
     sums = read_sums(args.behavior_dir)
     for name in [name for name in sums if name.startswith(f"{args.robot}-")]:
         (args.behavior_dir / name).unlink(missing_ok=True)

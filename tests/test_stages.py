@@ -111,21 +111,6 @@ def test_a_file_under_another_ones_name_is_told(tmp_path, monkeypatch, changes, 
     assert run.records == []
 
 
-def test_a_full_disk_costs_a_shared_result_alone_and_never_the_agent(tmp_path, monkeypatch, capsys):
-    """The run goes on without the file of a world model; without the agent's it would have made nothing."""
-    run = new_run(tmp_path)
-
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("common.stages.write_whole", full)
-    find_or_make(run)
-    assert "world model      could not be kept (cannot write" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"cannot write .*agent\.safetensors \(No space left on device; .* MiB free"):
-        with run.stage(script.train_agent, 1, "update", keeps={"x": torch.ones(1)}, private=True) as stage:
-            list(stage)
-
-
 # ---- Finished runs
 
 
