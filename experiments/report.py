@@ -46,6 +46,7 @@ TITLES = {
     "table5": "Table 5: an eighth of the rollouts (DAWM-T)",
     "table6": "Table 6: horizons",
     "table1": "Table 1: every system",
+    "asked": "The paper's mechanism: eight steps, asked for high returns",
     "one_step": "Ours: a one-step model in the place of diffusion",
     "ours": "Ours: actions generated instead of inferred",
 }

@@ -5,11 +5,11 @@
     python experiments/study.py table2 --tasks hopper-medium --list # every run's command
     python experiments/study.py paper --cluster slurm --gpus 1 --slurm "partition=gpu"    # as Slurm job arrays
 
-GRID is `first` (what comes first: cloning, TD3+BC on the real data, DAWM, DWM), one of the paper's tables, `one_step`,
-`ours`, or `paper`: all of it at paper scale on D4RL. A finished run is not made again, whatever grid it was made for;
-one that was cut goes on from its checkpoint; a world model is trained once. The order is such that it is of use
-wherever it stops: one seed on all tasks, then the next. Paths are relative to the repository. Then:
-experiments/report.py
+GRID is `first` (what comes first: cloning, TD3+BC on the real data, DAWM, DWM), one of the paper's tables, `asked`
+(what it does to ask for high returns), `one_step`, `ours`, or `paper`: all of it at paper scale on D4RL. A finished run
+is not made again, whatever grid it was made for; one that was cut goes on from its checkpoint; a world model is trained
+once. The order is such that it is of use wherever it stops: one seed on all tasks, then the next. Paths are relative to
+the repository. Then: experiments/report.py
 """
 
 import difflib
@@ -53,6 +53,9 @@ NOT_SHIPPED = ("halfcheetah-medium-expert",)  # no policy that would make this l
 MEDIUM = [task for task in TASKS if task.endswith("medium")]  # of the paper's tables 5 and 6
 REPLAY = ["walker2d-medium-replay", "halfcheetah-medium-replay"]  # where a learner can do more than clone
 
+# The paper's way of synthesis, on the laptop's models: the returns that windows of eight steps are asked for.
+ASKED = "--horizon 7 --target-return 0.7 --guidance-scale 1.2 --sampling-steps 3 --sampling-temperature 0.5"
+
 # Name, script and the flags by which it differs from the others: a table names them, and nothing else may differ.
 LEARNERS = {
     "cloning": ("dawm_td3bc", "--synthetic-fraction 0 --bc-alpha 0"),
@@ -62,6 +65,8 @@ LEARNERS = {
     "dawm_iql": ("dawm_iql", ""),
     "dwm_td3bc": ("dwm_baseline", "--agent td3bc --rollouts stored"),
     "dwm_iql": ("dwm_baseline", "--agent iql --rollouts stored"),
+    "dawm_asked": ("dawm_td3bc", ASKED),
+    "dwm_asked": ("dwm_baseline", f"--agent td3bc --rollouts stored {ASKED}"),
     "undertrained_td3bc": ("dawm_td3bc", "--world-model-steps 300"),
     "undertrained_iql": ("dawm_iql", "--world-model-steps 300"),
     "ssorl_td3bc": ("baselines.ssorl", "--agent td3bc"),
@@ -89,11 +94,13 @@ GRIDS = {  # each table with its controls: cloning, real data, a world model tha
         ("table5", MEDIUM, "dawm_td3bc dawm_t"),
         ("table6", MEDIUM, "dawm_h1 dwm_h1 dawm_h3 dwm_h3 dawm_h7 dwm_h7"),
         ("table1", REPLAY, "dawm_td3bc dwm_td3bc dd diffuser diffusion_mpc pgd polygrad diamond synther one_step"),
+        ("asked", REPLAY, "dawm_td3bc dwm_td3bc dawm_asked dwm_asked"),
         ("one_step", MEDIUM, "dawm_td3bc one_step dwm_one_step"),
         ("ours", TASKS, "dawm_td3bc joint_td3bc"),
     )
 }
 GRIDS["paper"] = {learner: tasks for name in reversed(GRIDS) for learner, tasks in GRIDS[name].items()}
+del GRIDS["paper"]["dawm_asked"], GRIDS["paper"]["dwm_asked"]  # there the defaults ask
 
 # What learners share has one value, that of the first of these scripts that has it. But for:
 HOMES = ("dawm_td3bc", "dawm_iql")

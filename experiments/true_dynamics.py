@@ -3,10 +3,10 @@
     python experiments/true_dynamics.py runs/RUN_FOLDER
 
 Every row keeps its state and action. Of next state, reward and end, those that a line of the table names are replaced
-by what the simulator does from there; the last line is the run's real data. Ten minutes a line and seed.
-The same command goes on where it was stopped. Then it prints a table of what is in --out by the same settings, of any
-data: means over the second half of each training, ± standard deviation (n - 1) over seeds, of score, critic loss and
-the critics' mean target.
+by what the simulator does from there. `first_rows` leaves out all that start at an imagined state; the last line is the
+run's real data. Ten minutes a line and seed. The same command goes on where it was stopped. Then it prints a table of
+what is in --out by the same settings, of any data: means over the second half of each training, ± standard deviation
+(n - 1) over seeds, of score, critic loss and the critics' mean target.
 """
 
 import inspect
@@ -34,6 +34,7 @@ from table import spread
 
 REPLACED = {  # the run's name: columns of a row that the simulator gives
     "as_generated": (),
+    "first_rows": (),
     "true_ends": ("terminated",),
     "true_rewards_ends": ("reward", "terminated"),
     "true_next_states": ("next_obs",),
@@ -86,7 +87,9 @@ def main(options: Args) -> None:
     made = [read_args(summary.parent)["args"] | PLACES for summary in options.out.glob("*/summary.txt")]
     for seed in options.seeds:
         for line in options.lines:
-            rows = parts.rollouts["rows"].clone()
+            rows, valid = parts.rollouts["rows"].clone(), parts.rollouts["valid"].clone()
+            if line == "first_rows":
+                valid[:, 1:] = False
             for name in REPLACED[line]:
                 part = slice(columns[name], columns[name] + sizes[list(columns).index(name)])
                 rows[..., part] = true[..., part]
@@ -99,7 +102,7 @@ def main(options: Args) -> None:
                 continue
             run = Run(args)
             run.open(parts.dataset, parts.evaluator)
-            rollouts = {"rows": rows, "valid": parts.rollouts["valid"]}
+            rollouts = {"rows": rows, "valid": valid}
             run.fingerprints["synthesize"] = f"{parts.run.fingerprints['synthesize']} {line}"
             given = dict(args=args, dataset=parts.dataset, rollouts=rollouts, complete=None)
             given |= dict(evaluator=parts.evaluator, run=run)
