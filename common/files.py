@@ -32,7 +32,7 @@ def write_whole(path: Path, write, checksum: bool = False) -> None:
         if checksum:
             write_whole(_beside(path), lambda file: file.write(sha256_of(temporary).encode()))
         temporary.replace(path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch tells a full disk as a RuntimeError
         raise UserError(disk_trouble(path, error))
     finally:
         with suppress(OSError):

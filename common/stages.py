@@ -10,7 +10,6 @@ another wording keeps it, and another line of code makes a new one.
 import ast
 import hashlib
 import inspect
-import io
 import json
 import random
 import shutil
@@ -247,8 +246,7 @@ def save_checkpoint(folder: Path, number: int, content: dict) -> Path:
     Signals.saving = True
     try:
         path = folder / f"{number:012d}.pt"
-        torch.save(content, whole := io.BytesIO())  # into a file, it would tell a full disk as a bug of its own
-        write_whole(path, lambda file: file.write(whole.getbuffer()), checksum=True)
+        write_whole(path, lambda file: torch.save(content, file), checksum=True)
         for old in sorted(x for x in folder.glob("*.pt") if x < path)[:-1]:
             remove(old)
         return path
