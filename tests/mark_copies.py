@@ -5,6 +5,7 @@ A definition's home is the first script that has its name. `# Copied from HOME` 
 """
 
 import ast
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -24,15 +25,12 @@ def definitions(text: str) -> dict[str, tuple[int, str]]:
     return found
 
 
-def homes(fork: Path) -> dict[str, tuple[str, str]]:
-    """name -> (the script that is its home, source there)."""
-    folders = sorted([*ROOT.glob("baselines/*.py"), *ROOT.glob("variants/*.py")])
-    paths = [*(ROOT / name for name in FIRST), *folders]
+def homes(paths) -> dict[str, tuple[str, str]]:
+    """name -> (the first of these scripts that has it, source there)."""
     found = {}
     for path in paths:
-        if path != fork.resolve():
-            for name, (_, source) in definitions(path.read_text()).items():
-                found.setdefault(name, (path.relative_to(ROOT).as_posix(), source))
+        for name, (_, source) in definitions(path.read_text()).items():
+            found.setdefault(name, (path.relative_to(ROOT).as_posix(), source))
     return found
 
 
@@ -50,8 +48,10 @@ def marked(text: str, homes: dict[str, tuple[str, str]]) -> str:
 
 
 if __name__ == "__main__":
+    scripts = [*(ROOT / name for name in FIRST), *sorted([*ROOT.glob("baselines/*.py"), *ROOT.glob("variants/*.py")])]
     for argument in sys.argv[1:]:
         path = Path(argument)
-        path.write_text(marked(path.read_text(), homes(path)))
+        before = itertools.takewhile(lambda script: script != path.resolve(), scripts)
+        path.write_text(marked(path.read_text(), homes(before)))
         text = path.read_text()
         print(f"{path}: {text.count('# Copied from')} copied, {text.count('# Adapted from')} adapted")

@@ -13,7 +13,7 @@ from common.stages import stage_source
 
 import pytest
 import torch
-from test_source import copy_faults, marked_definitions
+from mark_copies import definitions, homes, marked
 from toy import ROOT, TINY, TOY, hopper_arguments, linear_dataset, run
 
 GUIDE = (ROOT / "docs" / "forking.md").read_text()
@@ -91,8 +91,8 @@ def test_the_penalty_of_the_rebrac_fork_by_hand(rebrac):
 @pytest.mark.parametrize("fork", ["rebrac.py", "transformer.py"])
 def test_markers_are_written_as_the_rule_wants_them(fork, guide):
     folder, _ = guide
-    scripts = {name: marked_definitions(folder / name) for name in ("dawm_td3bc.py", fork)}
-    assert copy_faults(scripts) == [] and scripts["dawm_td3bc.py"].keys() <= scripts[fork].keys()
+    text, there = (folder / fork).read_text(), homes([ROOT / "dawm_td3bc.py"])
+    assert marked(text, there) == text and there.keys() <= definitions(text).keys()
 
 
 @cache

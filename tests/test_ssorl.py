@@ -12,7 +12,7 @@ from common import UserError
 import numpy as np
 import pytest
 import torch
-from toy import Training, hopper_file, linear_dataset, metrics
+from toy import Training, hopper_file, linear_dataset
 
 CPU = torch.device("cpu")
 LENGTHS = np.array([20, 10, 30, 5, 15, 25, 12, 18, 7, 8])
@@ -198,17 +198,3 @@ def test_another_split_makes_another_inverse_dynamics_model(folders, monkeypatch
     paths, delays = zip(*found, strict=True)
     assert paths[0] == paths[1] == paths[2] and len(set(paths[2:])) == 4
     assert delays[:3] == (2, 1, 3)  # each agent has its own, and a flag wins
-
-
-@pytest.mark.parametrize(
-    "options, told",
-    [  # of 12 trajectories the worst one is dropped; 0.5 * 11 = 5.5
-        ("--agent iql", "labelled_trajectories 5, hidden_trajectories 6"),
-        ("--label-fraction 1 --relabel-all --traj-filter none", "labelled_trajectories 12, hidden_trajectories 0"),
-    ],
-)
-def test_a_run_tells_how_many_actions_it_hid_and_labels(options, told, made):
-    folder, text = made("baselines.ssorl", *options.split())
-    logged = {name: value for line in metrics(folder) for name, value in line.items()}
-    everything = logged["synthesis/proxy_labels"] == logged["synthesis/transitions"] > 100
-    assert told in text and everything == ("--relabel-all" in options)

@@ -11,7 +11,7 @@ from variants import uncertain_td3bc as script
 import numpy as np
 import pytest
 import torch
-from toy import TINY, Training, linear_dataset, metrics
+from toy import TINY, Training, linear_dataset
 
 TRAINING = dict(world_model_lr=0.01, ema_decay=0.9, ema_start=0, model_horizon=2, horizon=2)
 VALID = torch.tensor([[True, True, True], [True, True, False]])
@@ -131,13 +131,3 @@ def test_rows_beyond_the_quantile_go_or_rewards_are_lowered_and_nothing_else(use
     torch.testing.assert_close(rows[..., 4], lowered, rtol=1e-5, atol=1e-6)
     rows[..., 4] = before[..., 4]
     assert torch.equal(rows, before) and valid.int().tolist() == kept
-
-
-# ---- The command line
-
-
-def test_a_run_tells_what_it_leaves_out_of_a_set_whose_uncertainty_it_logs(made):
-    for options, told in (([], "of the rows are left"), (["--uncertainty-use", "none"], "100.0% of the rows")):
-        folder, text = made("variants.uncertain_td3bc", *options)
-        logged = [line["synthesis/uncertainty"] for line in metrics(folder) if "synthesis/uncertainty" in line]
-        assert told in text and min(logged) > 0

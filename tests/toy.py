@@ -143,15 +143,10 @@ def run_script(module: str, arguments: list[str]) -> None:
     script.run_script(script.main, script.Args, script.LAPTOP, getattr(script, "PRESETS", None))
 
 
-def start(module: str, arguments, log: Path, **environment) -> multiprocessing.Process:
-    """`python -m module arguments` as a child that writes what it prints to `log`."""
-    return child(run_script, module, [str(a) for a in arguments], log=log, **environment)
-
-
 def run(module: str, arguments, folder: Path, **environment) -> SimpleNamespace:
     """A whole run -> exit code, and all that it printed."""
     log = folder / f"log-{time.monotonic_ns()}.txt"
-    process = start(module, arguments, log, **environment)
+    process = child(run_script, module, [str(a) for a in arguments], log=log, **environment)
     process.join()
     return SimpleNamespace(code=process.exitcode, text=log.read_text())
 
