@@ -11,7 +11,6 @@ both sides alike. Nothing is drawn between two states.
 
     python experiments/render.py runs/RUN_FOLDER
     python experiments/render.py runs/RUN_FOLDER --pick worst --out worst.gif
-    python experiments/render.py runs/RUN_FOLDER --rollout 17 4711
 """
 
 import sys
@@ -49,7 +48,6 @@ class Args:
     run: Path = tyro.MISSING  # folder of a finished run that made rollouts with a world model
     pick: Literal["best", "median", "worst"] = "median"  # by mean error
     count: Annotated[int, (1, 100)] = 3  # so many rollouts, one after another
-    rollout: tuple[int, ...] = ()  # these, by number from 0, instead of --pick and --count
     out: Path | None = None  # default: imagined.gif in the run's folder
     fps: Annotated[float, (0.1, 50)] = 2.5  # states per second; the simulator has 125 (Hopper)
 
@@ -109,13 +107,6 @@ def choose(options: Args, parts, stepper: Stepper) -> list[Rollout]:
         return simulate(stepper.env, columns, number, std, rule)
 
     known = stepper.checkable(rows[:, 0, : len(std)].numpy())
-    if options.rollout:
-        for number in options.rollout:
-            if not 0 <= number < len(rows):
-                raise UserError(f"--rollout {number}: the run has {len(rows):,} rollouts, 0 to {len(rows) - 1}")
-            if not known[number] or not np.isfinite(show(number).error).all():
-                raise UserError(f"--rollout {number}: the simulator cannot go on from its first state; take another")
-        return [show(number) for number in options.rollout]
     numbers = np.sort(np.random.default_rng(0).permutation(np.flatnonzero(known))[:RANKED])
     ranked = [show(number) for number in tqdm(numbers, desc="simulate", unit=" rollout", disable=None)]
     ranked = sorted((found for found in ranked if np.isfinite(found.error).all()), key=lambda found: found.mean_error)

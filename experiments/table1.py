@@ -6,10 +6,10 @@ Runs that differ in nothing but the agent's seed and the data set form one row, 
 
 * ms per decision: the run's actor or planner on one state of the data, on one thread of this machine; median of
   repeated calls. Of the row's first run.
-* generation, s per million transitions: what the run's kept stage took to make its synthetic set, as it was recorded,
-  or else one batch of rollouts made now. Not of planners, which make none. DWM's steps have no action.
-* score: D4RL's, or a return where there is none; of the evaluations in the second half of the training, mean and
-  standard deviation (n - 1) over seeds, for each data set.
+* generation, s per million transitions: what the run's kept stage took to make its synthetic set, as it was recorded.
+  Not of planners, which make none. DWM's steps have no action.
+* score: D4RL's, or a return where there is none; mean of the evaluations in the second half of the training, and
+  standard deviation (n - 1) over seeds, or of a single seed their range, for each data set.
 * audit, next state: median error against the simulator at the first and at the last step of the rollouts, in standard
   deviations of the data; of the row's first run that experiments/audit.py has been through.
 * budget: updates of the world model and of the agent, and the mean minutes of a run, without what it found kept.
@@ -36,7 +36,6 @@ from safetensors import safe_open
 from table import spread
 
 SECONDS = 2.0  # for the decisions of one run, of which three are made at least
-PAIRS = 1024  # real pairs of the batch of rollouts that is made where nothing is kept
 APART = ("seed", "run_dir", "env_id", "data_path")  # arguments in which runs of one row may differ
 
 
@@ -53,21 +52,14 @@ def milliseconds(parts: SimpleNamespace) -> float:
     return statistics.median(took)
 
 
-def generation(folder: Path, parts: SimpleNamespace) -> float | None:
+def generation(folder: Path) -> float | None:
     """Seconds for a million transitions; None where none are made."""
     kept = json.loads((folder / "stages.json").read_text()).get("synthesize")
-    if kept:
-        with safe_open(kept, "pt") as file:
-            seconds = json.loads(file.metadata()["manifest"])["seconds"]
-            made = file.get_tensor("valid").sum() if "valid" in file.keys() else file.get_tensor("ended").numel()
-    elif getattr(parts, "complete", None):
-        index = torch.arange(min(PAIRS, len(parts.dataset.obs)), device=parts.run.device)
-        start = time.perf_counter()
-        with torch.no_grad():
-            made = parts.complete(index)[1].sum()
-        seconds = time.perf_counter() - start
-    else:
+    if kept is None:
         return None
+    with safe_open(kept, "pt") as file:
+        seconds = json.loads(file.metadata()["manifest"])["seconds"]
+        made = file.get_tensor("valid").sum() if "valid" in file.keys() else file.get_tensor("ended").numel()
     return 1e6 * seconds / int(made) if made else None
 
 
@@ -88,25 +80,34 @@ def rows_of(folders: list[Path]) -> list[list[SimpleNamespace]]:
         if not run.metrics["eval/episodic_return"]:
             raise UserError(f"{folder} was never evaluated")
         values = run.metrics["eval/normalized_score"] or run.metrics["eval/episodic_return"]
-        run.settled = statistics.mean(values[len(values) // 2 :])
+        run.settled = values[len(values) // 2 :]
         same = {name: value for name, value in run.args.items() if name not in APART}
         groups[run.content["module"] + json.dumps(same, sort_keys=True)].append(run)
     return list(groups.values())
+
+
+def told(seeds: list[list[float]]) -> str:
+    """The settled evaluations of each seed in one cell."""
+    if not seeds:
+        return "-"
+    if len(seeds) == 1:
+        return f"{statistics.mean(seeds[0]):.1f} ({min(seeds[0]):.1f} to {max(seeds[0]):.1f})"
+    return f"{spread([statistics.mean(values) for values in seeds])} ({len(seeds)})"
 
 
 def row(runs: list[SimpleNamespace], sets: list[str]) -> list[str]:
     args, first = runs[0].args, runs[0]
     parts = load_run(first.folder)
     torch.set_num_threads(1)  # a run sets its own
-    seconds = generation(first.folder, parts)
-    scores = {name: [run.settled for run in runs if run.args["env_id"] == name] for name in sets}
+    seconds = generation(first.folder)
+    scores = [[run.settled for run in runs if run.args["env_id"] == name] for name in sets]
     counts = [f"{args[name]:,}" if name in args else "-" for name in ("world_model_steps", "agent_updates")]
     return [
         args["exp_name"],
         f"{milliseconds(parts):.3g}",
         "-" if seconds is None else f"{seconds:.3g}",
-        *(f"{spread(some)} ({len(some)})" if some else "-" for some in scores.values()),
-        next((told for run in runs if (told := audited(run.folder))), "-"),
+        *map(told, scores),
+        next((errors for run in runs if (errors := audited(run.folder))), "-"),
         f"{', '.join(counts)}; {statistics.mean(run.seconds for run in runs) / 60:.1f} min",
     ]
 
@@ -115,7 +116,11 @@ def main(folders: list[Path]) -> None:
     groups = rows_of(folders)
     sets = list(dict.fromkeys(run.args["env_id"] for runs in groups for run in runs))
     names = ["system", "ms per decision", "generation, s per million transitions"]
-    names += [*(f"{name}, score (seeds)" for name in sets), "audit, next state: first, last step [sd]", "budget"]
+    names += [
+        *(f"{name}, score (range or seeds)" for name in sets),
+        "audit, next state: first, last step [sd]",
+        "budget",
+    ]
     print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
     for runs in groups:
         print("| " + " | ".join(row(runs, sets)) + " |", flush=True)

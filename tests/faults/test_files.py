@@ -15,7 +15,7 @@ from local_datasets.collect import load_policies
 import pytest
 import torch
 from safetensors.torch import save_file
-from toy import ROOT, TOY_IDM, hopper_arguments, new_run
+from toy import ROOT, TOY_IDM, folders_below, hopper_arguments, new_run
 from trials import Counter, checkpoints, counting
 
 
@@ -142,48 +142,30 @@ def test_a_write_that_fails_names_its_path(tmp_path, monkeypatch):
 
 # ---- Full disks
 
-ON_A_SMALL_DISK = """
-mount -t tmpfs -o size=24m tmpfs {disk} || exit 99
-{fill}
-{python} dawm_td3bc.py {arguments}
-echo code $?
-rm -f {disk}/filler
-{python} dawm_td3bc.py {arguments}
-echo code $?
-cp -r {disk}/runs {out}
-"""
-
-
-def on_a_small_disk(tmp_path: Path, fill: str, arguments: str):
-    """A run on a disk of 24 MiB, on which `fill` writes a file at the same time, and once more without that file."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    words = hopper_arguments(
-        tmp_path, *TOY_IDM, "--laptop", "--device", "cpu", "--log-every", "20", "--eval-episodes", "2"
-    )
-    shared = " ".join(str(word).replace(str(tmp_path / "runs"), f"{disk}/runs") for word in words)
-    shared = shared.replace(str(tmp_path / "stages"), f"{disk}/stages") + " --checkpoint-every 1e-3 --unet-width 8 "
-    text = ON_A_SMALL_DISK.format(
-        disk=disk,
-        fill=fill.format(disk=disk),
-        python=sys.executable,
-        out=tmp_path / "out",
-        arguments=shared + arguments,
-    )
-    unshare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", text]
-    result = subprocess.run(unshare, capture_output=True, text=True, cwd=ROOT)
-    if result.returncode == 99 or "unshare" in result.stderr[:40]:
-        pytest.skip(f"this system gives no private tmpfs: {result.stderr.strip()[:100]}")
-    return result
+SMALL = "--laptop --device cpu --log-every 20 --eval-episodes 2 --checkpoint-every 1e-3 --unet-width 8 "
+SMALL += "--world-model-steps 1000 --agent-updates 400 --eval-every 200"
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("stage", ["world_model", "agent"])
 def test_a_full_disk_stops_nothing_that_was_made(stage, tmp_path, told):
     """The disk fills while a stage trains: told, with path and free space; with room again the run ends."""
-    begun = "until find {disk} -path '*." + stage + "-*' -name '*.pt' | grep -q .; do sleep 0.02; done"
-    fill = f"({begun}; dd if=/dev/zero of={{disk}}/filler bs=64k 2>/dev/null) &"
-    result = on_a_small_disk(tmp_path, fill, "--world-model-steps 1000 --agent-updates 400 --eval-every 200")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    words = hopper_arguments(tmp_path, *TOY_IDM, *folders_below(disk), *SMALL.split())
+    text = f"""
+mount -t tmpfs -o size=24m tmpfs {disk} || exit 99
+(until find {disk} -path '*.{stage}-*' -name '*.pt' | grep -q .; do sleep 0.02; done
+ dd if=/dev/zero of={disk}/filler bs=64k 2>/dev/null) &
+for i in 1 2; do
+  {sys.executable} dawm_td3bc.py {" ".join(map(str, words))}; echo code $?; rm -f {disk}/filler
+done
+cp -r {disk}/runs {tmp_path}/out
+"""
+    unshare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", text]
+    result = subprocess.run(unshare, capture_output=True, text=True, cwd=ROOT)
+    if result.returncode == 99 or "unshare" in result.stderr[:40]:
+        pytest.skip(f"this system gives no private tmpfs: {result.stderr.strip()[:100]}")
     codes, text = [x for x in result.stdout.splitlines() if x.startswith("code")], result.stdout + result.stderr
     assert "cannot write" in text and "MiB free there" in text, text[-2000:]
     assert codes == ["code 2", "code 0"], (codes, text[-2000:])
