@@ -167,7 +167,7 @@ def tell(main) -> None:
         print(f"stopped by {Signals.received} {stop}; {how_to_go_on()}", file=sys.stderr)
         sys.exit(STOPPED)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.ENOLCK):
             raise
         print(f"error: {disk_trouble(error.filename or '.', error)}", file=sys.stderr)
         sys.exit(2)

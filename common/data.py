@@ -21,7 +21,7 @@ from pathlib import Path
 
 from common import UserError
 from common.evaluation import described, fall_rule, from_box, is_unchanged, make_env, plain, robot_of
-from common.files import locked, one_line, sha256_of
+from common.files import one_line, sha256_of, take_lock
 
 import gymnasium as gym
 import h5py
@@ -217,7 +217,7 @@ def _download(env_id: str, path: Path, way_out: str) -> None:
             from huggingface_hub import hf_hub_download  # slow to import, and being offline is to be told at once
 
             path.parent.mkdir(parents=True, exist_ok=True)
-            with locked(path):
+            with take_lock(path):
                 if not path.is_file():
                     hf_hub_download(filename=path.name, **D4RL_ON_HUB, local_dir=path.parent, endpoint=hub)
         else:

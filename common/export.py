@@ -22,7 +22,7 @@ from common import UserError
 from common.cli import run_script
 from common.data import D4RL_KEYS, MINARI_KEYS, OfflineDataset, load_dataset, minari_root
 from common.evaluation import make_env, to_box
-from common.files import check_whole, disk_trouble, locked, one_line, sha256_of, sync
+from common.files import check_whole, disk_trouble, one_line, sha256_of, sync, take_lock
 
 import gymnasium as gym
 import h5py
@@ -57,12 +57,13 @@ def main(args: Args) -> None:
             f"{args.source} has rows of {rows.shape[2]} columns, an export writes {width}: obs, action, reward, "
             "next_obs, terminated; a variant with further columns exports with its own code"
         )
-    provenance = provenance_of(args.source, manifest)
+    told = f"Synthetic transitions made by {run['module']} from {run['data']['env_id']}, not recorded."
+    provenance = {"description": told, "source": str(args.source), **manifest}
     lengths = valid.sum(1)[valid.any(1)]
     columns = columns_of(rows[valid], lengths, dataset)
     write = write_minari if args.minari else write_hdf5
     work = place / f".export-{name.replace('/', '-')}"
-    with locked(work):
+    with take_lock(work):
         refuse_existing(place, name)
         shutil.rmtree(work, ignore_errors=True)  # of a process that was killed while it wrote
         work.mkdir(parents=True)
@@ -179,7 +180,7 @@ def write_minari(work: Path, name: str, columns: dict, lengths: np.ndarray, data
             [],
             env=make_env(dataset.spec),
             observation_space=gym.spaces.Box(-np.inf, np.inf, (dataset.obs.shape[1],), np.float32),
-            algorithm_name=provenance["method"],
+            algorithm_name=provenance["run"]["module"],
             description=provenance["description"],
             data_format="hdf5",
         ).storage
@@ -200,23 +201,10 @@ def write_minari(work: Path, name: str, columns: dict, lengths: np.ndarray, data
             "total_episodes": len(lengths),
             "total_steps": len(columns["rewards"]),
             "dataset_size": storage.get_size(),
-            "physics": provenance["physics"],
+            "physics": provenance["run"]["physics"],
             "provenance": provenance,
         }
     )
-
-
-# ---- Where it comes from
-
-
-def provenance_of(source: Path, manifest: dict) -> dict:
-    told = manifest["run"]
-    return {
-        "description": f"Synthetic transitions made by {told['module']} from {told['data']['env_id']}, not recorded.",
-        "method": told["module"],
-        "source": {"file": str(source), "fingerprint": manifest["fingerprint"], "depends": manifest["depends"]},
-        **{key: told[key] for key in ("data", "args", "constants", "physics", "versions", "git", "code", "hardware")},
-    }
 
 
 if __name__ == "__main__":

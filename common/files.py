@@ -1,15 +1,14 @@
 """One way to write a file whole or not at all, one to check that it is still what was written, one lock."""
 
-import errno
 import hashlib
 import os
 import shutil
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from common import UserError
 
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 
 def sha256_of(path: Path) -> str:
@@ -67,31 +66,19 @@ def sync(path: Path) -> None:
     os.close(handle)
 
 
-def take_lock(path: Path, wait: bool = False) -> FileLock:
-    """The lock on `path`, which no other process has then: it is waited for, or UserError. OSError as of any file."""
+def take_lock(path: Path, wait: bool = True) -> AcquireReturnProxy:
+    """The lock on `path`, which no other process has then: for a `with` block, or until `.lock.release()`.
+
+    It is waited for, or UserError. OSError as of any file.
+    """
     lock = FileLock(f"{path}.lock")
     try:
-        lock.acquire(timeout=0)
+        return lock.acquire(timeout=0)
     except Timeout:
         if not wait:
             raise UserError(f"another process has {path} in hand; wait for it, or stop it")
-        print(f"another process has {path} in hand; waiting for it", flush=True)
-        lock.acquire()
-    except OSError as error:
-        if error.errno != errno.ENOLCK:
-            raise
-        raise UserError(f"{path.parent} is on a file system without locks; choose a folder on another")
-    return lock
-
-
-@contextmanager
-def locked(path: Path):
-    """`take_lock`, waiting, for the length of a block."""
-    lock = take_lock(path, wait=True)
-    try:
-        yield
-    finally:
-        lock.release()
+    print(f"another process has {path} in hand; waiting for it", flush=True)
+    return lock.acquire()
 
 
 def disk_trouble(path, error: Exception) -> str:

@@ -8,7 +8,6 @@ import importlib.util
 import json
 import os
 import platform
-import random
 import re
 import shutil
 import subprocess
@@ -148,7 +147,7 @@ class Run:
             if (folder / "summary.txt").exists() or not (folder / "args.json").exists():
                 continue  # finished, or killed before anything was done
             try:
-                self.lock = take_lock(folder / "run")
+                self.lock = take_lock(folder / "run", wait=False).lock
             except (UserError, OSError):  # still running, or not ours
                 continue
             self.folder = folder
@@ -158,14 +157,11 @@ class Run:
             return
         self.folder = self.args.run_dir / f"{stem}{stamp}__{key}"
         self.folder.mkdir()
-        self.lock = take_lock(self.folder / "run")
+        self.lock = take_lock(self.folder / "run", wait=False).lock
 
     def seed(self, stage: str, seed: int) -> None:
-        """Seed every random stream from the seed and the stage's name: one stage's length cannot move another's."""
-        number = int.from_bytes(hashlib.sha256(f"{stage} {seed}".encode()).digest()[:4])
-        random.seed(number)
-        np.random.seed(number)
-        torch.manual_seed(number)
+        """Seed torch from the seed and the stage's name: one stage's length cannot move another's."""
+        torch.manual_seed(int.from_bytes(hashlib.sha256(f"{stage} {seed}".encode()).digest()[:4]))
 
     def stage(self, function, total: int, unit: str, keeps, **how) -> Stage:
         """A stage with progress bar, checkpoints and a kept result: see Stage."""

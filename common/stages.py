@@ -11,7 +11,6 @@ import ast
 import hashlib
 import inspect
 import json
-import random
 import shutil
 import sys
 import time
@@ -21,7 +20,6 @@ from common import UserError
 from common.cli import Signals, Stopped
 from common.files import check_whole, one_line, remove, take_lock, write_whole
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -37,7 +35,7 @@ class Stage:
     The loop counts from 1 to `total`; `stage.over(tensors)` goes through these instead, `stage.at` units being done.
     `keeps`, a module or a dict of tensors, is the result: filled in place when it is found, and the loop then has
     nothing to do. `saves` is all else that changes on the way: modules, optimizers, dicts of plain values and tensors.
-    A checkpoint restores both, with every random stream and all metrics. A signal ends the stage between two steps,
+    A checkpoint restores both, with torch's random streams and all metrics. A signal ends the stage between two steps,
     after a checkpoint. `after` names the stages that it builds on; `private` keeps the result in the run's own folder.
     """
 
@@ -58,7 +56,7 @@ class Stage:
     def __enter__(self):
         self.lock = None
         if not self.run.reading:
-            self.lock = take_lock(self.path, wait=True)
+            self.lock = take_lock(self.path).lock
         self.run.kept[self.name] = str(self.path.absolute())
         self.run.elsewhere, self.first_record = 0.0, len(self.run.records)
         self.start = self.last_saved = self.last_line = time.monotonic()
@@ -108,17 +106,10 @@ class Stage:
             self.bar.update(count)
             if self.bar.disable and time.monotonic() - self.last_line > LINE_EVERY:
                 self.last_line = time.monotonic()
-                self._say(f"{self.at:,} of {self.total:,} {self.unit}s, {self._seconds():,.0f} s")
+                self.run.say(self.name, f"{self.at:,} of {self.total:,} {self.unit}s, {self._seconds():,.0f} s")
 
     def _seconds(self) -> float:
         return self.before + time.monotonic() - self.start - self.run.elsewhere
-
-    def _say(self, text: str) -> None:
-        self.run.say(self.name, text)
-
-    def _log(self, records) -> None:
-        for step, values in records:
-            self.run.log(step, values)
 
     # ---- The result
 
@@ -136,11 +127,12 @@ class Stage:
         if other:
             raise UserError(f"{self.path} was made from other {', '.join(other)}; {way_out}")
         fill(self.keeps, tensors)
-        self._log(manifest["metrics"])
+        for step, values in manifest["metrics"]:
+            self.run.log(step, values)
         self.run.fingerprints[self.name] = manifest["fingerprint"]
         text = f"reused {self.path}, {manifest['seconds']:.1f} s to make"
         self.run.stages[self.name] = (0.0, text)
-        self._say(text)
+        self.run.say(self.name, text)
         shutil.rmtree(self.checkpoints, ignore_errors=True)  # of a process killed after it had kept
 
     def _keep(self) -> None:
@@ -185,12 +177,13 @@ class Stage:
         for thing, state in zip(self.saves, content["state"], strict=True):
             fill(thing, state)
         set_random_streams(content["random"])
-        self._log(content["records"])
+        for step, values in content["records"]:
+            self.run.log(step, values)
         self.done = self.saved = content["done"]
         self.at = self.bar.n = self.bar.initial = content["at"]
         self.before, self.run.last_checkpoint = content["seconds"], path
         self.run.before += self.before
-        self._say(f"goes on at {self.at:,} of {self.total:,} {self.unit}s, from {path}")
+        self.run.say(self.name, f"goes on at {self.at:,} of {self.total:,} {self.unit}s, from {path}")
 
 
 # ---- What a result depends on
@@ -293,16 +286,11 @@ def all_finite(state) -> bool:
 
 
 def random_streams() -> dict:
-    """The state of every random stream, in plain types."""
-    name, keys, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    numpy = (name, keys.tolist(), *rest)
-    return {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state(), "cuda": cuda}
+    """The state of torch's random streams, the only ones that a script draws from."""
+    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
 
 
 def set_random_streams(streams: dict) -> None:
-    random.setstate(streams["python"])
-    np.random.set_state(streams["numpy"])
     torch.set_rng_state(streams["torch"].cpu())
     if streams["cuda"] is not None:
         torch.cuda.set_rng_state(streams["cuda"].cpu())

@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import UserError
 from common.cli import STOPPED, Count, Signals, Stopped, parse_args, run_script
-from common.files import disk_trouble, locked, one_line, take_lock
+from common.files import disk_trouble, one_line, take_lock
 from common.stages import stage_source
 
 import torch
@@ -323,7 +323,7 @@ def locked_now(log: Path) -> bool:
     if not Path(f"{log}.lock").exists():
         return False
     try:
-        take_lock(log).release()
+        take_lock(log, wait=False).lock.release()
     except UserError:
         return True
     return False
@@ -397,7 +397,7 @@ class Attempt:
         log = log_of(self.job, self.run_dir)
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
-            with locked(log):  # another study may have it in hand
+            with take_lock(log):  # another study may have it in hand
                 code = 0 if done_in(self.job, folders_in(self.run_dir)) or Signals.received else self.once(log)
                 if code and not (code == STOPPED and Signals.received):
                     raise UserError(f"{ending(log).told}; {log}")

@@ -39,7 +39,7 @@ from common.cli import run_script
 from common.data import LOCAL_RECIPE, ROBOTS, minari_root
 from common.evaluation import REFERENCE_RETURNS, make_env, quiet
 from common.export import minari_writes_to
-from common.files import locked, sha256_of, sync, write_text, write_whole
+from common.files import sha256_of, sync, take_lock, write_text, write_whole
 
 BEHAVIOR_DIR = Path(__file__).resolve().parent / "behavior"
 POLICY_FORMAT = 1  # of the shipped files: others are refused
@@ -280,7 +280,7 @@ def main(args: Args) -> None:
         folder = minari_root() / args.env_id
         work = minari_root() / ".collect" / args.env_id.replace("/", "-")  # Minari does not list hidden folders
         work.parent.mkdir(parents=True, exist_ok=True)
-        with locked(work):
+        with take_lock(work):
             if folder.exists():
                 if different := differences(folder, recipe):
                     raise UserError(f"{folder} {different}; delete it to have this one")

@@ -31,7 +31,7 @@ from common import UserError
 from common.cli import Signals, Stopped, run_script
 from common.data import KNOWN, ROBOTS
 from common.evaluation import Evaluator, make_env
-from common.files import locked, sha256_of, write_whole
+from common.files import sha256_of, take_lock, write_whole
 from local_datasets.collect import (
     BEHAVIOR_DIR,
     POLICY_FORMAT,
@@ -246,7 +246,7 @@ def main(args: Args) -> None:
     if args.export:
         return export(args)
     folder_of(args).mkdir(parents=True, exist_ok=True)
-    with locked(folder_of(args)):
+    with take_lock(folder_of(args)):
         train(args)
 
 

@@ -10,7 +10,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before numpy and torch are imported, here
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = map(str, (ROOT, ROOT / "experiments", ROOT / "benchmarks"))
 
-from common.files import locked  # noqa: E402
+from common.files import take_lock  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -57,7 +57,7 @@ def toy(tmp_path_factory):
     folder = tmp_path_factory.getbasetemp()
     folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "toy"
     folder.mkdir(exist_ok=True)
-    with locked(folder / "data"):
+    with take_lock(folder / "data"):
         hopper_arguments(folder)
     return folder
 
@@ -68,7 +68,7 @@ def made(toy):
 
     def made(module: str, *options: str) -> tuple[Path, str]:
         printed = toy / " ".join([module, *options])
-        with locked(printed):
+        with take_lock(printed):
             if not printed.exists():
                 printed.write_text(hopper_run(module, toy, *SCRIPTS[module], *options))
         text = printed.read_text()

@@ -69,11 +69,11 @@ def test_both_forms_read_back_to_the_bit_and_say_where_they_come_from(made):
         ends = np.isin(np.arange(len(flat)), np.cumsum(valid.sum(1)) - 1)
         assert np.array_equal(file["terminals"][:] ^ file["timeouts"][:], ends) and file["timeouts"].dtype == bool
         found, told = json.loads(file["metadata/provenance"][()]), json.loads((made.run / "args.json").read_text())
-    assert all(found[key] == told[key] for key in ("data", "versions", "physics"))
+    assert all(found["run"][key] == told[key] for key in ("data", "versions", "physics"))
     manifest = json.loads(made.header["manifest"])
     maker = manifest["run"]["module"]  # of the scripts that share the set, the one that ran first
     assert found["description"].startswith(f"Synthetic transitions made by {maker} from hopper-medium-v2")
-    assert found["source"]["fingerprint"] == manifest["fingerprint"]
+    assert found["fingerprint"] == manifest["fingerprint"]
     assert left(made) == ["hopper-toy-v0", "out.hdf5"]
     stored = minari.load_dataset(ID)  # as any program reads it
     assert ID in minari.list_local_datasets() and "not recorded" in stored.storage.metadata["description"]

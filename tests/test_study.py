@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common import UserError
 from common.cli import tell
-from common.files import locked
+from common.files import take_lock
 
 import pytest
 import study
@@ -262,7 +262,7 @@ def test_a_run_that_another_process_has_in_hand_is_waited_for(made_up):
     (job,) = made_up("good")
     log = study.log_of(job, made_up.run_dir)
     log.parent.mkdir()
-    with locked(log):
+    with take_lock(log):
         assert kinds([job], made_up.run_dir) == ["running"]
     Attempt(job, made_up.run_dir, 0)()
     Attempt(job, made_up.run_dir, 0)()  # finds it done
