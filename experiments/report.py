@@ -285,10 +285,11 @@ def section(table: str, rows: list[Row], paper: bool) -> str:
         return "" if paper else f"### {title}\n\nNone of its own runs is in yet.\n"
     most = max(len(some) for tasks in present.values() for some in tasks.values())
     tasks = [task for task in TASKS if any(task in some for some in present.values())]
-    shared = [task for task in tasks if all(task in some for some in present.values())]
+    usual = [some for some in present.values() if len(some) > len(tasks) / 2]  # one that has hardly begun has no mean
+    shared = [task for task in tasks if all(task in some for some in usual)]
     lines = []
     for learner, some in present.items():
-        mean = in_brackets(*iqm(scores(some, shared))) if shared else "-"
+        mean = in_brackets(*iqm(scores(some, shared))) if shared and some.keys() >= {*shared} else "-"
         other, better = rival(learner, present), ["-", "-"]
         if both := [task for task in some if task in present.get(other, {})]:
             pair = scores(present[other], both), scores(some, both)
@@ -372,11 +373,11 @@ def draw(present: dict, tasks: list[str], shared: list[str], path: Path) -> None
         axis.ticklabel_format(axis="x", style="sci", scilimits=(-3, 4))
         axis.grid(alpha=0.3)
     axis = figure.add_subplot(grid[:, columns])
-    for learner, cells in present.items() if shared else ():
-        values = np.concatenate(scores(cells, shared))
-        survival = stats.ecdf(values).sf
-        at = np.linspace(0, max(100, values.max()), 400)
-        axis.plot(at, survival.evaluate(at), "-" if "dawm" in learner else "--", color=colors[learner], label=learner)
+    at = np.linspace(0, 120, 400)
+    for learner, cells in present.items():  # one that lacks a task stands in the legend alone
+        has_all = shared and cells.keys() >= {*shared}
+        y = stats.ecdf(np.concatenate(scores(cells, shared))).sf.evaluate(at) if has_all else np.full_like(at, np.nan)
+        axis.plot(at, y, "-" if "dawm" in learner else "--", color=colors[learner], label=learner)
     axis.set_xlabel("score x", fontsize=9)
     axis.set_title(f"share of runs that score above x, {len(shared)} task{'s' * (len(shared) > 1)}", fontsize=9)
     axis.legend(fontsize=8)
