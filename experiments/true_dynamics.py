@@ -3,11 +3,11 @@
     python experiments/true_dynamics.py runs/RUN_FOLDER
 
 Every row keeps its state and action. Of next state, reward and end, those that a line of the table names are replaced
-by what the simulator does from there. `first_rows` leaves out all that start at an imagined state; the last line is the
-run's real data. Ten minutes a line and seed. The same command goes on where it was stopped. Then it prints a table of
-what is in --out by the same settings, of any data: means over the second half of each training, ± standard deviation
-(n - 1) over seeds, of score, critic loss and the critics' mean target.
-"""
+by what the simulator does from there. `first_rows` leaves out all that start at an imagined state; `asked_again` has
+the world model say anew where their inferred actions lead; the last line is the run's real data. Ten minutes a line and
+seed. The same command goes on where it was stopped. Then it prints a table of what is in --out by the same settings, of
+any data: means over the second half of each training, ± standard deviation (n - 1) over seeds, of score, critic loss
+and the critics' mean target. """
 
 import inspect
 import json
@@ -35,6 +35,7 @@ from table import spread
 REPLACED = {  # the run's name: columns of a row that the simulator gives
     "as_generated": (),
     "first_rows": (),
+    "asked_again": (),
     "true_ends": ("terminated",),
     "true_rewards_ends": ("reward", "terminated"),
     "true_next_states": ("next_obs",),
@@ -73,6 +74,24 @@ def true_rows(parts) -> torch.Tensor:
     return rows
 
 
+@torch.no_grad()
+def asked_again(parts) -> torch.Tensor:
+    """The run's rollouts [M, H+1, row_dim] with the next state of all but the first rows drawn anew, without return.
+
+    The window told it before anybody knew the action, which was then inferred from it.
+    """
+    rows, args = parts.rollouts["rows"].clone(), replace(parts.args, guidance_scale=0.0)
+    sizes = parts.script.row_sizes(parts.dataset.obs.shape[1], parts.dataset.action.shape[1])
+    later = rows[:, 1:].flatten(0, 1)
+    torch.manual_seed(0)
+    for batch in later.split(args.synthesis_batch_size):
+        obs, action, *_ = batch.to(parts.run.device).split(sizes, dim=1)
+        told, _ = parts.script.sample_rollouts(args, parts.world_model, obs, action, torch.zeros_like(obs[:, :1]))
+        batch[:, sum(sizes[:3]) : -1] = told[:, 1]
+    rows[:, 1:] = later.view(rows[:, 1:].shape)
+    return rows
+
+
 def main(options: Args) -> None:
     if not options.lines or not options.seeds:
         raise UserError("--lines and --seeds need one value or more")
@@ -90,6 +109,8 @@ def main(options: Args) -> None:
             rows, valid = parts.rollouts["rows"].clone(), parts.rollouts["valid"].clone()
             if line == "first_rows":
                 valid[:, 1:] = False
+            if line == "asked_again":
+                rows = asked_again(parts)
             for name in REPLACED[line]:
                 part = slice(columns[name], columns[name] + sizes[list(columns).index(name)])
                 rows[..., part] = true[..., part]

@@ -53,6 +53,9 @@ def test_columns_are_replaced_by_what_the_simulator_does(made, tmp_path, capsys)
     """True rows of rollouts that are real rows are those rows, but for their rounding; each line trains."""
     folder = made("dawm_td3bc", "--horizon", "3")[0]
     parts = true_dynamics.load_rollouts(folder)
+    rows, again = parts.rollouts["rows"], true_dynamics.asked_again(parts)
+    changed = [[column.any().item() for column in (again != rows)[:, h].T] for h in (0, 1)]
+    assert changed == [[False] * 27, [False] * 15 + [True] * 11 + [False]]  # next states behind an imagined one
     real = parts.script.real_transitions(parts.dataset, torch.device("cpu"))[:, None]
     parts.rollouts = {"rows": real, "valid": torch.ones(real.shape[:2], dtype=torch.bool)}
     torch.testing.assert_close(true_dynamics.true_rows(parts), real, rtol=0, atol=1e-4)
