@@ -32,7 +32,7 @@ import numpy as np
 import tyro
 from run_folders import finished_runs
 from scipy import optimize, stats
-from study import APART, GRIDS, LEARNERS, NOT_SHIPPED, PLACES, TASKS, Study, jobs_of
+from study import APART, GRIDS, LEARNERS, PLACES, TASKS, Study, jobs_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SUMMARY, PAGE = ROOT / "experiments" / "study.json", ROOT / "docs" / "results.md"
@@ -308,8 +308,7 @@ def section(table: str, rows: list[Row], paper: bool) -> str:
         f"seed{'s' * (most > 1)} a cell, or as many as stand in brackets."
     )
     text += markdown(head, lines) + "\n"
-    wanted = {x: [t for t in some if paper or t not in NOT_SHIPPED] for x, some in GRIDS[table].items()}
-    missing = {x: most * len(some) - sum(map(len, cells[x].values())) for x, some in wanted.items()}
+    missing = {x: most * len(some) - sum(map(len, cells[x].values())) for x, some in GRIDS[table].items()}
     if any(missing.values()):
         text += wrapped("Runs that are missing: " + ", ".join(f"{n} of `{x}`" for x, n in missing.items() if n) + ".")
     ruined, trained = present.get("undertrained_td3bc", {}), present.get("dawm_td3bc", {})

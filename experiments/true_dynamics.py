@@ -7,7 +7,8 @@ by what the simulator does from there. `first_rows` leaves out all that start at
 the world model say anew where their inferred actions lead; the last line is the run's real data. Ten minutes a line and
 seed. The same command goes on where it was stopped. Then it prints a table of what is in --out by the same settings, of
 any data: means over the second half of each training, ± standard deviation (n - 1) over seeds, of score, critic loss
-and the critics' mean target. """
+and the critics' mean target.
+"""
 
 import inspect
 import json
