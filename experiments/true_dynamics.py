@@ -101,6 +101,8 @@ def main(options: Args) -> None:
     if not hasattr(parts.args, "synthetic_fraction") or "rollouts" not in inspect.signature(train_agent).parameters:
         raise UserError(f"{options.run} is of {parts.script.__name__}, whose agent does not learn from a kept set and "
                         "from real data alike; give a run of dawm_td3bc.py, say")  # fmt: skip
+    if "asked_again" in options.lines and not hasattr(parts.script, "infer_actions"):
+        raise UserError(f"{parts.script.__name__} infers no actions: name other --lines than asked_again")
     sizes = parts.script.row_sizes(parts.dataset.obs.shape[1], parts.dataset.action.shape[1])
     columns = dict(zip(("obs", "action", "reward", "next_obs", "terminated"), np.cumsum([0, *sizes]), strict=False))
     true = true_rows(parts)
