@@ -388,7 +388,8 @@ class Attempt:
     """
 
     def __init__(self, job: Job, run_dir: Path, memory: float):
-        self.job, self.run_dir, self.memory, self.child = job, run_dir, memory, None
+        self.job, self.run_dir, self.memory = job, run_dir, memory
+        self.child, self.stopped = None, False
 
     def __call__(self) -> None:
         """UserError says why the run is not done."""
@@ -419,7 +420,9 @@ class Attempt:
         return code
 
     def stop(self, number: int) -> None:
-        if self.child and self.child.returncode is None:
+        """Once: a second signal would kill a script that has heeded the first and is about to end."""
+        if self.child and self.child.returncode is None and not self.stopped:
+            self.stopped = True
             with suppress(ProcessLookupError):  # it has just ended
                 os.kill(self.child.pid, number)
 

@@ -155,8 +155,13 @@ if way == "hungry":
     b"x" * 2**30
 if way == "cut" and not before:
     sys.exit(print("stopped by SIGTERM in stage agent") or 75)  # by a user, or by a cluster that cancels the job
+def leave(number, _):  # a script heeds one signal, says so, and takes a while to end
+    print("stopped by SIGTERM in stage agent")
+    signal.signal(number, signal.SIG_DFL)
+    time.sleep(0.5)
+    sys.exit(75)
 if way == "waits" and not before:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(print("stopped by SIGTERM in stage agent") or 75))
+    signal.signal(signal.SIGTERM, leave)
     signal.signal(signal.SIGUSR1, lambda *_: sys.exit(print("stopped by SIGUSR1 in stage agent") or 75))
     time.sleep(60)
 folder = run_dir / f"data__fake__{seed}__x"
