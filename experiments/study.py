@@ -36,7 +36,7 @@ from typing import Annotated, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import UserError
-from common.cli import STOPPED, Count, Signals, Stopped, parse_args, run_script
+from common.cli import STOPPED, Count, Seed, Signals, Stopped, parse_args, run_script
 from common.files import disk_trouble, one_line, take_lock
 from common.stages import stage_source
 
@@ -144,7 +144,8 @@ class Study:
     grid: Literal[tuple(GRIDS)] = tyro.MISSING  # which runs: see above
     tasks: tuple[str, ...] = ()  # only these of the grid's, such as hopper-medium
     learners: tuple[str, ...] = ()  # only these of the grid's, such as dawm_td3bc
-    seeds: Count = 3  # agent seeds 0, 1, ... of each
+    seeds: Count = 3  # so many agent seeds of each
+    first_seed: Seed = 0  # the lowest of them: another machine may have made those below
     extra: str = ""  # flags for each run whose script knows them, as in --extra="--agent-updates 1000"
     list: bool = False  # only print every run's command
     dry_run: bool = False  # only print what would be started, in order
@@ -237,7 +238,7 @@ def jobs_of(args: Study, paper: bool) -> list[Job]:
     if unknown := flags(args.extra).keys() - known:
         raise UserError(f"--extra: no script of this grid knows {', '.join(sorted(unknown))}")
     jobs, seen = [], set()
-    for seed in range(args.seeds):
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
         for learner in learners:
             module, own = commands[learner]
             base = vars(arguments(module, (*scale, *own)))

@@ -77,6 +77,7 @@ def test_the_order_is_one_seed_on_all_tasks_then_the_next():
     assert len(jobs) == 2 * 5 * 9 and [job.seed for job in jobs] == [0] * 45 + [1] * 45
     assert [job.task for job in jobs[:9]] == study.TASKS and {job.learner for job in jobs[:9]} == {"cloning"}
     assert jobs[0].wanted["env_id"] == "local/hopper/medium-v0"
+    assert jobs_of(Study("first", seeds=1, first_seed=1), paper=False) == jobs[45:]
 
 
 def test_a_job_s_words_come_to_what_it_wants():
