@@ -139,11 +139,17 @@ def cells_of(table: str, rows: list[Row], paper: bool) -> dict[str, dict[str, li
 # ---- Statistics; samples is one array of scores for each task
 
 
+def pooled(samples) -> np.ndarray:
+    """The runs of all tasks in one row, each repeated so that tasks count alike, however many seeds they have."""
+    length = math.lcm(*(x.shape[-1] for x in samples))
+    return np.concatenate([np.repeat(x, length // x.shape[-1], axis=-1) for x in samples], axis=-1)
+
+
 def iqm(samples: list[np.ndarray]) -> tuple[float, float, float]:
     """Interquartile mean over all runs of all tasks, and its interval; NaN where a task has a single seed."""
 
     def statistic(*some, axis=-1):
-        return stats.trim_mean(np.concatenate(some, axis=axis), 0.25, axis=axis)
+        return stats.trim_mean(pooled(some), 0.25, axis=-1)
 
     return statistic(*samples), *interval(samples, statistic)
 
@@ -375,7 +381,7 @@ def draw(present: dict, tasks: list[str], shared: list[str], path: Path) -> None
     at = np.linspace(0, 120, 400)
     for learner, cells in present.items():  # one that lacks a task stands in the legend alone
         has_all = shared and cells.keys() >= {*shared}
-        y = stats.ecdf(np.concatenate(scores(cells, shared))).sf.evaluate(at) if has_all else np.full_like(at, np.nan)
+        y = stats.ecdf(pooled(scores(cells, shared))).sf.evaluate(at) if has_all else np.full_like(at, np.nan)
         axis.plot(at, y, "-" if "dawm" in learner else "--", color=colors[learner], label=learner)
     axis.set_xlabel("score x", fontsize=9)
     axis.set_title(f"share of runs that score above x, {len(shared)} task{'s' * (len(shared) > 1)}", fontsize=9)

@@ -52,6 +52,11 @@ def test_interquartile_mean_and_its_interval_beside_brute_force():
     assert np.isnan(report.iqm([np.array([1.0]), np.array([2.0, 3.0])])[1])  # one seed has no spread
 
 
+def test_a_task_with_more_seeds_counts_no_more():
+    """Two runs of 0 stand for as much as one of 1, 2 and 3 each: the middle half of 0, 0, 1, 1, 2, 2, 3, 3."""
+    assert report.iqm([np.zeros(2), np.ones(1), np.full(1, 2.0), np.full(1, 3.0)])[0] == 1.5
+
+
 def test_probability_of_improvement_by_hand():
     """Task 1: of the four pairs 3 > 2, 3 > 2, 2 = 2, 2 = 2: (1 + 1 + 1/2 + 1/2) / 4. Task 2: always."""
     value, low, high = report.improvement([np.array([3, 2]), np.array([9, 9])], [np.array([2, 2]), np.array([1, 1])])
