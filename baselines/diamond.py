@@ -18,7 +18,6 @@ Keys:
 [DIAMOND]  Diffusion for World Modeling: Visual Details Matter in Atari, arXiv 2405.12399, and its code
 [EDM]      Elucidating the Design Space of Diffusion-Based Generative Models, arXiv 2206.00364
 [SYNTHER]  Synthetic Experience Replay, arXiv 2303.06614, and its code (the network)
-[SSORL]    Semi-Supervised Offline RL with Action-Free Trajectories, arXiv 2210.06518, and its code (tanh's density)
 
 Tags: [KEY place] stands there; [unspecified] nobody has published it, our choice; [deviation] the paper says otherwise.
 
@@ -410,15 +409,17 @@ def train_reward_model(args: Args, histories: Histories, run: Run) -> RewardMode
 # Adapted from dawm_td3bc.py: the actor's actions, one state after another
 @torch.no_grad()
 def imagine(args: Args, histories: Histories, world_model, reward_model, actor, index: torch.Tensor):
-    """Rollouts from the data's states `index` [B]: rows [B, T, row_dim], valid [B, T] (false after an end).
+    """Rollouts from the data's states `index` [B]: rows [B, T, row_dim], valid [B, T] (false after an end), and what
+    the actor drew [B, T, action_dim], before the tanh.
 
     [deviation] A rollout that ends early stays over; DIAMOND's code begins another in its place.
     """
     obs, action = histories.of(index)
-    rows, valid, going_on = [], [], torch.ones(len(index), dtype=torch.bool, device=index.device)
+    rows, valid, drawn, going_on = [], [], [], torch.ones(len(index), dtype=torch.bool, device=index.device)
     for _ in range(args.imagination_horizon):
         now = obs[:, -1]
-        action = torch.cat([action[:, :-1], actor.sample(now)[:, None]], dim=1)
+        drawn.append(actor.sample(now))
+        action = torch.cat([action[:, :-1], torch.tanh(drawn[-1])[:, None]], dim=1)
         next_obs = sample_next(args, world_model, obs, action)
         reward, ends = reward_model.sample(now, action[:, -1], next_obs)
         rows.append(torch.cat([now, action[:, -1], reward, next_obs, ends], dim=1))
@@ -426,7 +427,7 @@ def imagine(args: Args, histories: Histories, world_model, reward_model, actor, 
         going_on = going_on & (ends[:, 0] == 0)
         obs = torch.cat([obs[:, 1:], next_obs[:, None]], dim=1)
         action = action.roll(-1, dims=1)  # the last one gives way to the actor's next
-    return torch.stack(rows, dim=1), torch.stack(valid, dim=1)
+    return torch.stack(rows, dim=1), torch.stack(valid, dim=1), torch.stack(drawn, dim=1)
 
 
 # Adapted from dawm_td3bc.py: of the finished actor, to be looked at
@@ -439,7 +440,7 @@ def synthesize(args: Args, histories: Histories, world_model, reward_model, agen
     with run.stage(synthesize, len(chosen), "rollout", keeps=rollouts, private=True) as stage:
         for index in stage.over(chosen.split(args.imagined_rollouts)):
             here = slice(stage.at, stage.at + len(index))
-            rows, valid = imagine(args, histories, world_model, reward_model, agent.actor, index)
+            rows, valid, _ = imagine(args, histories, world_model, reward_model, agent.actor, index)
             rollouts["rows"][here], rollouts["valid"][here] = rows.cpu(), valid.cpu()
     return rollouts
 
@@ -471,16 +472,9 @@ class GaussianActor(nn.Module):
         return torch.tanh(self.gaussian(obs)[0])
 
     def sample(self, obs):
+        """A draw of the Gaussian; its tanh is the action."""
         mean, log_std = self.gaussian(obs)
-        return torch.tanh(mean + log_std.exp() * torch.randn_like(mean))
-
-
-# Copied from dawm_td3bc.py
-def tanh_normal_log_prob(action: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
-    """Log-density of action = tanh(u), u ~ N(mean, exp(log_std)^2), summed over the last dimension."""
-    action = action.clamp(-1 + 1e-6, 1 - 1e-6)  # else atanh is infinite at the bounds [SSORL code]
-    log_normal = -0.5 * ((torch.atanh(action) - mean) / log_std.exp()).square() - log_std - 0.5 * math.log(2 * math.pi)
-    return (log_normal - torch.log1p(-action.square())).sum(-1)
+        return mean + log_std.exp() * torch.randn_like(mean)
 
 
 # Copied from dawm_iql.py
@@ -521,20 +515,21 @@ class ActorCritic(nn.Module):
         nn.init.zeros_(self.vf.net[-1].weight), nn.init.zeros_(self.vf.net[-1].bias)
         self.register_buffer("most_reward", histories.reward.abs().max() + 1e-6)
 
-    def loss(self, rows: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Policy's, value's and entropy's of rollouts rows [B, T, row_dim], valid [B, T] [DIAMOND App.].
+    def loss(self, rows, valid, drawn) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Policy's, value's and entropy's of rollouts rows [B, T, row_dim], valid [B, T], drawn [B, T, action_dim]
+        [DIAMOND App.].
 
-        [unspecified] Rewards in units of the data's largest, for DIAMOND's signs; the entropy is the Gaussian's before
-        the tanh.
+        [unspecified] Rewards in units of the data's largest, for DIAMOND's signs; density and entropy are the
+        Gaussian's. The tanh's part has no gradient, and a draw cannot be had back from an action that it rounds to 1.
         """
-        args, (obs, action, reward, next_obs, terminated) = self.args, rows.split(self.sizes, dim=2)
+        args, (obs, _, reward, next_obs, terminated) = self.args, rows.split(self.sizes, dim=2)
         flat, weight = obs.flatten(0, 1), valid.flatten() / valid.sum()
         with torch.no_grad():
             next_value = self.vf(next_obs.flatten(0, 1)).view(valid.shape)
             reward = reward[..., 0] / self.most_reward
             target = lambda_returns(reward, terminated[..., 0], next_value, args.gamma, args.return_lambda).flatten()
         value, (mean, log_std) = self.vf(flat), self.actor.gaussian(flat)
-        log_prob = tanh_normal_log_prob(action.flatten(0, 1), mean, log_std)
+        log_prob = torch.distributions.Normal(mean, log_std.exp()).log_prob(drawn.flatten(0, 1)).sum(1)
         policy_loss = -(weight * log_prob * (target - value).detach()).sum()
         value_loss = (weight * (value - target).square()).sum()
         entropy = (weight * (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(1)).sum()
@@ -557,8 +552,7 @@ def train_agent(args: Args, histories: Histories, world_model, reward_model, eva
     ) as stage:
         for update in stage:
             index = torch.randint(len(histories.rows), (args.imagined_rollouts,), device=run.device)
-            rows, valid = imagine(args, histories, world_model, reward_model, agent.actor, index)
-            loss, told = agent.loss(rows, valid)
+            loss, told = agent.loss(*imagine(args, histories, world_model, reward_model, agent.actor, index))
             descend(agent, optimizer, schedule, loss, 100.0)
             if update % args.log_every == 0 or update == args.agent_updates:
                 run.log(update, told)

@@ -79,31 +79,33 @@ def test_imagination_hands_on_states_and_actions_and_stops_at_an_end(monkeypatch
         return action[:, :1], (next_obs.sum(1, keepdim=True).abs() > 3).float()
 
     rewards, actor = SimpleNamespace(sample=outcome), SimpleNamespace(sample=lambda obs: 0.1 * obs + 0.2)
-    rows, valid = script.imagine(args, histories, None, rewards, actor, index)
+    rows, valid, drawn = script.imagine(args, histories, None, rewards, actor, index)
     for start, made, real in zip(index.tolist(), rows, valid.tolist(), strict=True):
         states, actions = list(dataset.obs[start - 1 : start + 1]), [dataset.action[start - 1]]
         over = False
         for row, told in zip(made, real, strict=True):
-            actions.append(0.1 * states[-1] + 0.2)
+            actions.append(np.tanh(0.1 * states[-1] + 0.2))
             states.append(states[-1] + states[-2] + actions[-1] + actions[-2])
             end = abs(states[-1].sum()) > 3
             expected = [*states[-2], *actions[-1], actions[-1][0], *states[-1], end]
             assert np.allclose(row, expected, rtol=1e-4, atol=1e-5) and told is not over
             over = over or end
-    assert 0 < valid.sum() < valid.numel()
+    assert 0 < valid.sum() < valid.numel() and torch.equal(torch.tanh(drawn), rows[:, :, 2:4])
 
 
-def test_the_loss_is_reinforce_with_a_baseline():
-    """At zero weights V is 0 and the Gaussian standard normal: the gradient by hand at the heads' biases. A row behind
-    an end counts nothing."""
+@pytest.mark.parametrize("mean", [0.0, 30.0])  # of which the tanh is 1 to the last bit
+def test_the_loss_is_reinforce_with_a_baseline(mean):
+    """At zero weights V is 0 and the Gaussian has standard deviation 1: the gradient by hand at the heads' biases. A
+    row behind an end counts nothing."""
     args = Args(gamma=0.9, return_lambda=1.0, entropy_weight=0.1)
     histories = Histories(args, linear_dataset(), CPU)
     agent = script.ActorCritic(args, histories)
+    agent.actor.net[-1].bias.data[:2] = mean
     noise, reward = torch.randn(6, 2, 2), torch.randn(6, 2, 1)
     ends, valid = torch.zeros(6, 2, 1), torch.ones(6, 2, dtype=torch.bool)
     ends[0, 0], valid[0, 1] = 1, False
     obs = torch.randn(6, 2, 2)
-    loss, told = agent.loss(torch.cat([obs, torch.tanh(noise), reward, obs, ends], dim=2), valid)
+    loss, told = agent.loss(torch.cat([obs, torch.tanh(mean + noise), reward, obs, ends], dim=2), valid, mean + noise)
     loss.backward()
     scaled = reward[..., 0] / histories.reward.abs().max()
     returns = torch.stack([scaled[:, 0] + 0.9 * scaled[:, 1] * (1 - ends[:, 0, 0]), scaled[:, 1]], dim=1)
