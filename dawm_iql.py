@@ -145,6 +145,8 @@ LAPTOP = dict(
     idm_width=256,
     synthesis_batch_size=1024,
     normalize_obs=True,  # [DWM App.]; without it so few updates leave a poor clone
+    agent_lr=1e-3,
+    tau=0.02,  # critics settle within half of the updates
     agent_updates=50_000,
 )
 

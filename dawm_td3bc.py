@@ -138,6 +138,8 @@ LAPTOP = dict(
     idm_lr=1e-3,
     idm_width=256,
     synthesis_batch_size=1024,
+    agent_lr=1e-3,
+    tau=0.02,  # critics settle within half of the updates
     agent_updates=50_000,
 )
 

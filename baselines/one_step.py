@@ -106,6 +106,8 @@ LAPTOP = dict(
     threads=1,  # a second one gains 15% at these sizes, and loses tenfold when another process wants the core
     world_model_steps=15_000,
     world_model_lr=1e-3,
+    agent_lr=1e-3,
+    tau=0.02,  # critics settle within half of the updates
     agent_updates=50_000,
     synthesis_batch_size=1024,
 )

@@ -116,6 +116,8 @@ LAPTOP = dict(
     windows_per_set=4_096,
     sampling_steps=16,
     policy_guidance=1.0,  # of fewer steps
+    agent_lr=1e-3,
+    tau=0.02,  # critics settle within half of the updates
     agent_updates=50_000,
 )
 

@@ -99,6 +99,8 @@ LAPTOP = dict(
     idm_lr=1e-3,
     idm_width=256,
     normalize_obs=True,  # for iql [DWM App.]; without it so few updates leave a poor clone
+    agent_lr=1e-3,
+    tau=0.02,  # critics settle within half of the updates
     agent_updates=50_000,
 )
 

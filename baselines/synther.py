@@ -97,6 +97,8 @@ LAPTOP = dict(
     synthetic_transitions=200_000,
     synthesis_batch_size=1024,  # so few that a signal is heeded between two of them
     sampling_steps=16,
+    agent_lr=1e-3,
+    tau=0.02,  # critics settle within half of the updates
     agent_updates=50_000,
 )
 

@@ -128,6 +128,8 @@ LAPTOP = dict(
     sampling_temperature=1.0,
     guidance_scale=1.0,
     synthesis_batch_size=1024,
+    agent_lr=1e-3,
+    tau=0.02,  # critics settle within half of the updates
     agent_updates=50_000,
 )
 
