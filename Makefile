@@ -1,5 +1,5 @@
-# make demo   install, make the local Hopper data, run DAWM-TD3BC with half of the laptop's updates of the world model
-#             and half of its agent's (--bc-alpha 1: so early Q is small, and lambda divides by it), print the score
+# make demo   install, make local data, run DAWM-TD3BC with half of the laptop's updates, print the score beside the
+#             data's mean and the controls, on a set where there is something to gain
 # make test   install, lint, test
 # make test-faults  kills, damage and full disks, as often as docs/reliability.md states; half an hour
 # make walkthrough  make and execute docs/walkthrough.ipynb; two minutes
@@ -13,8 +13,8 @@ BIN := $(VENV)/bin
 .PHONY: demo test test-faults walkthrough peers clean
 
 demo: $(VENV)/.run-installed
-	$(BIN)/python dawm_td3bc.py --env-id local/hopper/medium-v0 --laptop --world-model-steps 5000 \
-		--agent-updates 25000 --eval-every 2500 --bc-alpha 1
+	$(BIN)/python dawm_td3bc.py --env-id local/walker2d/medium-replay-v0 --laptop --world-model-steps 5000 \
+		--agent-updates 25000 --eval-every 2500
 
 test: $(VENV)/.dev-installed
 	$(BIN)/ruff check .

@@ -235,15 +235,16 @@ def normalized_score(robot: str, mean_return: float) -> float | None:
 
 
 def score_report(dataset, history: list[tuple[int, float]], evaluator: Evaluator) -> dict[str, str]:
-    """Closing lines, from the (step, mean return) of each evaluation: the last one, their mean, and the data's own."""
+    """Closing lines, from the (step, mean return) of each evaluation: the last one; the mean of those in the second
+    half of the training, where controls have settled; the data's own.
+    """
 
     def line(mean: float) -> str:
         score = evaluator.score(mean)
         return f"return {mean:8.1f}   " + ("no D4RL reference" if score is None else f"normalized score {score:6.1f}")
 
-    returns = [value for _, value in history]
     where = f"{len(evaluator.envs)} episodes in {described(dataset.spec)}, physics {evaluator.physics}"
-    lines = {"evaluation": where, "final": line(returns[-1])}
-    if len(returns) > 1:
-        lines["mean of the curve"] = line(float(np.mean(returns)))
+    lines = {"evaluation": where, "final": line(history[-1][1])}
+    if len(history) > 1:
+        lines["second half"] = line(float(np.mean([value for step, value in history if 2 * step > history[-1][0]])))
     return lines | {"data's own mean": line(dataset.mean_return)}

@@ -58,8 +58,8 @@ torch.set_printoptions(precision=3, sci_mode=False, linewidth=110)
 # %%
 ROOT = Path(dawm.__file__).resolve().parent
 small = dict(horizon=7, world_model_steps=3_000, idm_steps=2_000, conditioning_subsample=4)
-small |= dict(agent_updates=4_000, bc_alpha=1.0)  # Q is young then, and lambda divides by it
-small |= dict(eval_every=4_000, exp_name="walkthrough", run_dir=ROOT / "runs", stage_dir=ROOT / "runs/stages")
+small |= dict(agent_updates=4_000, eval_every=4_000, exp_name="walkthrough")
+small |= dict(run_dir=ROOT / "runs", stage_dir=ROOT / "runs/stages")
 args = dawm.Args(**dawm.LAPTOP | dict(env_id="local/hopper/medium-v0", device="cpu") | small)
 begin = time.time()
 with redirect_stdout(io.StringIO()):

@@ -31,8 +31,8 @@ with h5py.File(sys.argv[1], "w") as file:
 PYTHON
 for seed in ${SEEDS:-0 1 2}; do
   for algorithm in ${ALGORITHMS:-td3bc iql}; do
-    published="--bc-alpha 2.5"
-    if [ "$algorithm" = iql ]; then published="--no-normalize-obs"; fi
+    published="--agent-lr 3e-4 --tau 0.005"
+    if [ "$algorithm" = iql ]; then published="$published --no-normalize-obs"; fi
     echo "$python dawm_$algorithm.py --env-id hopper-medium-v2 --data-path $file --laptop --synthetic-fraction 0" \
       "$published --agent-updates $updates --eval-every $((updates / 10)) --run-dir $out --seed $seed" \
       ">$out/$algorithm-$seed.log 2>&1"

@@ -1,11 +1,12 @@
-"""The study's runs as tables, statistics and learning curves in docs/results.md.
+"""The study's runs as tables, statistics and learning curves in docs/results.md; its controls for every closing table.
 
     python experiments/report.py runs/study      # take finished runs into experiments/study.json, then write the page
     python experiments/report.py                 # write the page from that file alone
     python experiments/report.py --resolution    # only print headroom, and the difference that the seeds can detect
 
 The file has each run's arguments, revision, data and evaluations, no weights; later runs add lines to it. A run's score
-is the mean of its evaluations in the second half of the training, where controls have settled. Over tasks: the
+is the mean of its evaluations in the second half of the training, where controls have settled; those of cloning and of
+the agents on real data go into common/controls.csv, which every run's closing lines compare with. Over tasks: the
 interquartile mean, with 95 % intervals from seeds drawn anew within each task, as Agarwal et al., 2021, "Deep RL at the
 Edge of the Statistical Precipice" recommend; and the mean difference, with the 95 % interval of the tasks, which asks
 for no second seed. What the page says of the paper is the paper's: D4RL's data, its scale.
@@ -25,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import UserError
 from common.cli import run_script
-from common.evaluation import normalized_score
+from common.evaluation import REFERENCE_RETURNS, normalized_score
 from common.files import write_text, write_whole
+from common.run import CONTROLS
 
 import numpy as np
 import tyro
@@ -39,6 +41,7 @@ SUMMARY, PAGE = ROOT / "experiments" / "study.json", ROOT / "docs" / "results.md
 BEGIN, END = "<!-- written by experiments/report.py -->\n", "<!-- as far as here -->\n"
 SETTLED = 0.5  # share of the training behind which evaluations count
 MOST_SEEDS = 100  # that are looked for
+CONTROL_NAMES = {"td3bc": "TD3+BC on the data", "iql": "IQL on the data", "cloning": "cloning the data"}
 TITLES = {
     "first": "First: does it help to infer the actions?",
     "table2": "Table 2: DAWM beside DWM and Decision Diffuser",
@@ -395,6 +398,20 @@ def draw(present: dict, tasks: list[str], shared: list[str], path: Path) -> None
     write_whole(path, lambda file: figure.savefig(file, dpi=80, format="png"))
 
 
+def controls(rows: list[Row]) -> str:
+    """What learners without a world model reach on each task, as common/controls.csv has it."""
+    lines = ["data,physics,fingerprint,control,seeds,updates,return,score,score_std"]
+    for cells in (cells_of("table4", rows, paper) for paper in (False, True)):
+        for learner, name in CONTROL_NAMES.items():
+            for task, runs in cells[learner].items():
+                (low, high), values = REFERENCE_RETURNS[task.split("-")[0]], [row.score for row in runs]
+                score, args = np.mean(values), runs[0].content["args"]
+                told = [args["env_id"], "d4rl", runs[0].data, name, len(runs), args["agent_updates"]]
+                told += [f"{low + score / 100 * (high - low):.1f}", f"{score:.1f}"]
+                lines.append(",".join(map(str, [*told, f"{np.std(values, ddof=1):.1f}" if len(runs) > 1 else ""])))
+    return "\n".join(lines) + "\n"
+
+
 def page(rows: list[Row]) -> str:
     if not rows:
         return "No run of the study is in yet.\n"
@@ -418,6 +435,7 @@ def main(args: Args) -> None:
     if not begin or not end:
         raise UserError(f"{PAGE} has no lines {BEGIN.strip()} and {END.strip()} to write between; put them back")
     write_text(PAGE, f"{before}{BEGIN}\n{page(rows)}\n{END}{after}")
+    write_text(CONTROLS, controls(rows))
     print(f"{PAGE}: {len(rows)} runs")
 
 

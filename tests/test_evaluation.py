@@ -246,16 +246,16 @@ def test_normalized_score(robot, mean_return, score):
 
 
 def test_closing_lines():
-    """The data's own mean is (4 + 3) / 2; a mean of the curve where there is one."""
+    """The data's own mean is (4 + 3) / 2; the mean behind half of the steps where there is more than one."""
     data = dataset_of(gym.make("Pendulum-v1", g=5))
     data.spec.max_episode_steps = 4
     evaluator = Evaluator(data, "auto", 2)
-    report = score_report(data, [(5, 1.0), (10, 9.0)], evaluator)
-    assert list(report) == ["evaluation", "final", "mean of the curve", "data's own mean"]
+    report = score_report(data, [(5, 1.0), (6, 3.0), (10, 9.0)], evaluator)
+    assert list(report) == ["evaluation", "final", "second half", "data's own mean"]
     assert "3.5" in report["data's own mean"] and "9.0" in report["final"] and "no D4RL reference" in report["final"]
     assert report["evaluation"] == "2 episodes in Pendulum-v1(g=5), physics stock"
-    assert "return      5.0" in report["mean of the curve"]
-    assert "mean of the curve" not in score_report(data, [(5, 1.0)], evaluator)
+    assert "return      6.0" in report["second half"]
+    assert "second half" not in score_report(data, [(5, 1.0)], evaluator)
 
 
 def test_d4rl_physics_are_those_of_the_robots_that_d4rl_used():

@@ -25,10 +25,11 @@ def rows_of(tasks, seeds=3, data="d" * 12, noise=1.0, paper=False) -> list[repor
 
 @pytest.fixture
 def places(tmp_path, monkeypatch):
-    """The summary and the page, in a folder of their own."""
+    """The summary, the page and the controls, in a folder of their own."""
     (tmp_path / "results.md").write_text(f"# Results\n\n{report.BEGIN}old\n{report.END}\n## After\n")
     monkeypatch.setattr(report, "SUMMARY", tmp_path / "study.json")
     monkeypatch.setattr(report, "PAGE", tmp_path / "results.md")
+    monkeypatch.setattr(report, "CONTROLS", tmp_path / "controls.csv")
     return tmp_path
 
 
@@ -122,6 +123,15 @@ def test_runs_at_paper_scale_have_tables_of_their_own(places):
     assert text.startswith("# Results\n\n") and text.endswith("\n## After\n") and "old" not in text
 
 
+def test_controls_are_those_of_the_study(places):
+    """Seeds 49, 50 and 51: D4RL's score of 50 is half way between its reference returns."""
+    report.write(rows_of(["hopper-medium"]))
+    report.main(report.Args())
+    lines = report.CONTROLS.read_text().splitlines()
+    assert lines[1] == "local/hopper/medium-v0,d4rl,dddddddddddd,TD3+BC on the data,3,50000,1607.0,50.0,1.0"
+    assert len(lines) == 3 and ",cloning the data,3," in lines[2]
+
+
 def test_the_summary_keeps_what_it_had_and_takes_new_runs(places, capsys):
     """A run that is given again replaces itself; one on data made anew leaves the older ones out of the tables."""
     rows = rows_of(["hopper-medium"])
@@ -154,7 +164,8 @@ def test_run_folders_are_read(places):
 
 
 def test_the_page_here_is_that_of_the_summary():
-    """docs/results.md says what experiments/report.py writes from the committed summary."""
+    """docs/results.md and common/controls.csv say what experiments/report.py writes from the committed summary."""
     text = report.PAGE.read_text()
     written = text.partition(report.BEGIN)[2].partition(report.END)[0]
     assert written.strip() == report.page(report.read()).strip()
+    assert report.CONTROLS.read_text() == report.controls(report.read())
