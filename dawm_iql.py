@@ -146,7 +146,7 @@ LAPTOP = dict(
     synthesis_batch_size=1024,
     normalize_obs=True,  # [DWM App.]; without it so few updates leave a poor clone
     agent_lr=1e-3,
-    tau=0.02,  # critics settle within half of the updates
+    tau=0.02,  # both as dawm_td3bc.py
     agent_updates=50_000,
 )
 

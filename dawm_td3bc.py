@@ -139,7 +139,7 @@ LAPTOP = dict(
     idm_width=256,
     synthesis_batch_size=1024,
     agent_lr=1e-3,
-    tau=0.02,  # critics settle within half of the updates
+    tau=0.02,  # so TD3+BC on real data settles within half of the updates
     agent_updates=50_000,
 )
 

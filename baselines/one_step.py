@@ -107,7 +107,7 @@ LAPTOP = dict(
     world_model_steps=15_000,
     world_model_lr=1e-3,
     agent_lr=1e-3,
-    tau=0.02,  # critics settle within half of the updates
+    tau=0.02,  # both as dawm_td3bc.py
     agent_updates=50_000,
     synthesis_batch_size=1024,
 )

@@ -117,7 +117,7 @@ LAPTOP = dict(
     sampling_steps=16,
     policy_guidance=1.0,  # of fewer steps
     agent_lr=1e-3,
-    tau=0.02,  # critics settle within half of the updates
+    tau=0.02,  # both as dawm_td3bc.py
     agent_updates=50_000,
 )
 

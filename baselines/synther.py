@@ -98,7 +98,7 @@ LAPTOP = dict(
     synthesis_batch_size=1024,  # so few that a signal is heeded between two of them
     sampling_steps=16,
     agent_lr=1e-3,
-    tau=0.02,  # critics settle within half of the updates
+    tau=0.02,  # both as dawm_td3bc.py
     agent_updates=50_000,
 )
 

@@ -236,7 +236,7 @@ def normalized_score(robot: str, mean_return: float) -> float | None:
 
 def score_report(dataset, history: list[tuple[int, float]], evaluator: Evaluator) -> dict[str, str]:
     """Closing lines, from the (step, mean return) of each evaluation: the last one; the mean of those in the second
-    half of the training, where controls have settled; the data's own.
+    half of the training, as the study counts; the data's own.
     """
 
     def line(mean: float) -> str:

@@ -129,7 +129,7 @@ LAPTOP = dict(
     guidance_scale=1.0,
     synthesis_batch_size=1024,
     agent_lr=1e-3,
-    tau=0.02,  # critics settle within half of the updates
+    tau=0.02,  # both as dawm_td3bc.py
     agent_updates=50_000,
 )
 
