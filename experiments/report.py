@@ -263,19 +263,25 @@ def resolution(cells: dict[str, dict[str, list[Row]]]) -> str:
         ["task", "the data's mean", "cloning", *(f"{c}, real data" for c in controls), "headroom", "in sd"], lines
     )
     text += "\nHeadroom is the best control above cloning; sd is the standard deviation between seeds.\n"
-    samples = [x for x in scores(cells[controls[0]], tasks) if len(x) > 1]
-    if not samples:
-        return text + "\nResolution: a spread needs two seeds or more.\n"
+    spreads = [detected(name, scores(cells[name], cells[name])) for name in (controls[0], "dawm_td3bc")]
+    resolved = " ".join(filter(None, spreads)) or "A spread needs two seeds or more on two tasks."
+    luck = "All seeds of a learner share one world model, whose own luck is not in this."
+    return f"{text}\n" + wrapped(f"Resolution. {resolved} {luck}")
+
+
+def detected(learner: str, samples: list[np.ndarray]) -> str:
+    """The difference that the seeds detect by this learner's spread, in a sentence; none without two seeds on two tasks."""
+    samples = [x for x in samples if len(x) > 1]
+    if len(samples) < 2:
+        return ""
     seeds, mean = min(map(len, samples)), float(np.mean([x.mean() for x in samples]))
-    variances = [x.var(ddof=1) for x in samples]
-    gain = gain_of_the_paper()
+    variances, gain = [x.var(ddof=1) for x in samples], gain_of_the_paper()
     enough = next((n for n in range(2, 1000) if detectable(variances, n) <= gain * mean), None)
     found, on = detectable(variances, seeds), f"{len(samples)} task{'s' * (len(samples) > 1)}"
-    return f"{text}\n" + wrapped(
-        f"Resolution: by the spread of {controls[0]} on real data, {seeds} seeds on {on} detect a "
-        f"difference of {found:.1f} ({100 * found / mean:.1f} % of its mean score, {mean:.1f}) with 80 % power at the "
-        f"5 % level; the paper's {100 * gain:.0f} % takes {enough or 'more than 1,000'} seeds. All seeds of a learner "
-        "share one world model, whose own luck is not in this."
+    return (
+        f"By the spread of {learner}, {seeds} seeds on {on} detect a difference of {found:.1f} "
+        f"({100 * found / mean:.1f} % of its mean score, {mean:.1f}) with 80 % power at the 5 % level; the paper's "
+        f"{100 * gain:.0f} % takes {enough or 'more than 1,000'} seeds."
     )
 
 

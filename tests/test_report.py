@@ -100,7 +100,9 @@ def test_the_resolution_of_known_controls(places, capsys):
     text = capsys.readouterr().out
     assert "| hopper m | 30.0 | 40.0 ± 1.0 | 50.0 ± 1.0 | 10.0 | 10.0 |" in text
     found = report.detectable([1.0] * 8, 3)
-    assert f"3 seeds on 8 tasks detect a difference of {found:.1f} ({100 * found / (420 / 8):.1f} % of its mean" in text
+    by_hand = f"detect a difference of {found:.1f} ({100 * found / (420 / 8):.1f} % of its mean"
+    assert f"By the spread of td3bc, 3 seeds on 8 tasks {by_hand}" in text
+    assert "By the spread of dawm_td3bc, 3 seeds on 8 tasks" in text  # of what is compared, too
     assert "the paper's 9 % takes 2 seeds" in text
     assert report.gain_of_the_paper() == pytest.approx(0.742 / 0.679 - 1, abs=1e-3)  # its Table 2's averages
 
@@ -110,7 +112,7 @@ def test_one_seed_decides_nothing(places, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["report.py"])
     report.run_script(report.main, report.Args)  # as from the command line
     text = report.PAGE.read_text()
-    assert "| hopper m | 30.0 | 39.0 | 49.0 | 10.0 | - |" in text and "a spread needs two seeds or more" in text
+    assert "| hopper m | 30.0 | 39.0 | 49.0 | 10.0 | - |" in text and "A spread needs two seeds" in text
     assert "of 300 updates, as far as" not in text and "nan" not in text
     assert text.count("None of its own runs is in yet") == len(report.TITLES) - 1
 
