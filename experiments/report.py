@@ -270,7 +270,7 @@ def resolution(cells: dict[str, dict[str, list[Row]]]) -> str:
 
 
 def detected(learner: str, samples: list[np.ndarray]) -> str:
-    """The difference that the seeds detect by this learner's spread, in a sentence; none without two seeds on two tasks."""
+    """What the seeds detect by this learner's spread, in a sentence; none without two seeds on two tasks."""
     samples = [x for x in samples if len(x) > 1]
     if len(samples) < 2:
         return ""
