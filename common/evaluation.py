@@ -20,6 +20,8 @@ import mujoco  # noqa: E402
 if _gl is not None:
     os.environ["MUJOCO_GL"] = _gl
 
+SETTLED = 0.5  # share of a training behind which evaluations count
+
 # Returns that count as 0 and 100 [D4RL infos.py]; the same for every data set of a robot.
 REFERENCE_RETURNS = {
     "hopper": (-20.272305, 3234.3),
@@ -246,5 +248,6 @@ def score_report(dataset, history: list[tuple[int, float]], evaluator: Evaluator
     where = f"{len(evaluator.envs)} episodes in {described(dataset.spec)}, physics {evaluator.physics}"
     lines = {"evaluation": where, "final": line(history[-1][1])}
     if len(history) > 1:
-        lines["second half"] = line(float(np.mean([value for step, value in history if 2 * step > history[-1][0]])))
+        settled = [value for step, value in history if step > SETTLED * history[-1][0]]
+        lines["second half"] = line(float(np.mean(settled)))
     return lines | {"data's own mean": line(dataset.mean_return)}

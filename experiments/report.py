@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import UserError
 from common.cli import run_script
-from common.evaluation import REFERENCE_RETURNS, normalized_score
+from common.evaluation import REFERENCE_RETURNS, SETTLED, normalized_score
 from common.files import write_text, write_whole
 from common.run import CONTROLS
 
@@ -39,7 +39,6 @@ from study import APART, GRIDS, LEARNERS, PLACES, TASKS, Study, jobs_of
 ROOT = Path(__file__).resolve().parent.parent
 SUMMARY, PAGE = ROOT / "experiments" / "study.json", ROOT / "docs" / "results.md"
 BEGIN, END = "<!-- written by experiments/report.py -->\n", "<!-- as far as here -->\n"
-SETTLED = 0.5  # share of the training behind which evaluations count
 MOST_SEEDS = 100  # that are looked for
 CONTROL_NAMES = {"td3bc": "TD3+BC on the data", "iql": "IQL on the data", "cloning": "cloning the data"}
 TITLES = {
@@ -245,7 +244,7 @@ def short(task: str) -> str:
 
 
 def resolution(cells: dict[str, dict[str, list[Row]]]) -> str:
-    """Headroom of each task, and what the seeds can tell apart, from the spread of the controls."""
+    """Headroom of each task, and what the seeds can tell apart, from the spread of the control and of DAWM."""
     controls = [name for name in ("td3bc", "iql") if cells.get(name)]
     tasks = [task for task in TASKS if all(task in cells[name] for name in ("cloning", *controls))]
     if not controls or not tasks:
@@ -263,23 +262,23 @@ def resolution(cells: dict[str, dict[str, list[Row]]]) -> str:
         ["task", "the data's mean", "cloning", *(f"{c}, real data" for c in controls), "headroom", "in sd"], lines
     )
     text += "\nHeadroom is the best control above cloning; sd is the standard deviation between seeds.\n"
-    spreads = [detected(name, scores(cells[name], cells[name])) for name in (controls[0], "dawm_td3bc")]
-    resolved = " ".join(filter(None, spreads)) or "A spread needs two seeds or more on two tasks."
-    luck = "All seeds of a learner share one world model, whose own luck is not in this."
-    return f"{text}\n" + wrapped(f"Resolution. {resolved} {luck}")
+    control = detected(f"{controls[0]} on real data", scores(cells[controls[0]], tasks))
+    dawm = detected("dawm_td3bc", scores(cells["dawm_td3bc"], cells["dawm_td3bc"]))
+    luck = "Its seeds share one world model, whose own luck is not in this."
+    return f"{text}\n" + wrapped(f"Resolution. {control} {dawm} {luck}")
 
 
 def detected(learner: str, samples: list[np.ndarray]) -> str:
-    """What the seeds detect by this learner's spread, in a sentence; none without two seeds on two tasks."""
+    """What the seeds detect by this learner's spread, in a sentence."""
     samples = [x for x in samples if len(x) > 1]
     if len(samples) < 2:
-        return ""
+        return f"The spread of {learner} takes two seeds on two tasks; {len(samples)} so far."
     seeds, mean = min(map(len, samples)), float(np.mean([x.mean() for x in samples]))
     variances, gain = [x.var(ddof=1) for x in samples], gain_of_the_paper()
+    found = detectable(variances, seeds)
     enough = next((n for n in range(2, 1000) if detectable(variances, n) <= gain * mean), None)
-    found, on = detectable(variances, seeds), f"{len(samples)} task{'s' * (len(samples) > 1)}"
     return (
-        f"By the spread of {learner}, {seeds} seeds on {on} detect a difference of {found:.1f} "
+        f"By the spread of {learner}, {seeds} seeds on {len(samples)} tasks detect a difference of {found:.1f} "
         f"({100 * found / mean:.1f} % of its mean score, {mean:.1f}) with 80 % power at the 5 % level; the paper's "
         f"{100 * gain:.0f} % takes {enough or 'more than 1,000'} seeds."
     )
