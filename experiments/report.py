@@ -40,6 +40,12 @@ ROOT = Path(__file__).resolve().parent.parent
 SUMMARY, PAGE = ROOT / "experiments" / "study.json", ROOT / "docs" / "results.md"
 BEGIN, END = "<!-- written by experiments/report.py -->\n", "<!-- as far as here -->\n"
 MOST_SEEDS = 100  # that are looked for
+RIVALS = {  # what DAWM is held against, with TD3+BC or IQL
+    "real data": "{}",
+    "DWM: no actions": "dwm_{}",
+    "world model of 300 updates": "undertrained_{}",
+    "cloning": "cloning",
+}
 CONTROL_NAMES = {"td3bc": "TD3+BC on the data", "iql": "IQL on the data", "cloning": "cloning the data"}
 TITLES = {
     "first": "First: does it help to infer the actions?",
@@ -290,6 +296,64 @@ def gain_of_the_paper() -> float:
     return dawm / dwm - 1
 
 
+def answer(rows: list[Row], paper: bool) -> str:
+    """DAWM minus each of its rivals, task by task and over the tasks, beside the paper's own differences."""
+    cells, lines, bars = cells_of("table2", rows, paper), [], []
+    for rival_name, pattern in RIVALS.items():
+        line = [rival_name]
+        for agent, agent_name in (("td3bc", "TD3+BC"), ("iql", "IQL")):
+            mine, other = f"dawm_{agent}", pattern.format(agent)
+            both = [task for task in TASKS if all(task in cells.get(x, {}) for x in (mine, other))]
+            printed = published("table2") | published("table4")
+            theirs = printed.get(other) and np.mean([printed[mine][t][0] - printed[other][t][0] for t in TASKS])
+            told = "-"
+            if both:
+                found = above(*(scores(cells[x], both) for x in (mine, other)))
+                told = in_brackets(*found) + f" ({len(both)})" * (len(both) != len(TASKS))
+                by = {task: above(*(scores(cells[x], [task]) for x in (mine, other)))[0] for task in both}
+                bars.append((f"{rival_name}, {agent_name}", by, found, theirs))
+            line += [told, "-" if theirs is None else f"{theirs:.1f}"]
+        lines.append(line)
+    if not bars:
+        return ""
+    picture = f"study{'_paper' * paper}.png"
+    draw_answer(bars, PAGE.parent / picture)
+    head = ["DAWM minus", "with TD3+BC", "the paper's", "with IQL", "the paper's"]
+    return (
+        f"### DAWM minus its rivals{' (paper scale)' * paper}\n\n"
+        + wrapped("Mean over nine tasks, or over as many as stand behind, and the 95 % interval of the tasks.")
+        + markdown(head, lines)
+        + f"\n![DAWM minus each of its rivals, on each task and in the mean]({picture})\n"
+    )
+
+
+def draw_answer(bars: list[tuple], path: Path) -> None:
+    """A line for each rival: a mark for each task, the mean with its interval, the mean that the paper prints."""
+    from matplotlib.figure import Figure  # slow to import
+
+    figure = Figure(figsize=(11, 1 + 0.6 * len(bars)), layout="constrained")
+    axis = figure.add_subplot()
+    colors = {"hopper": "tab:blue", "walker2d": "tab:orange", "halfcheetah": "tab:green"}
+    marks = {"medium": "o", "medium-replay": "s", "medium-expert": "^"}
+    for place, (_, by, (mean, low, high), theirs) in enumerate(bars):
+        for task, value in by.items():
+            robot, data = task.split("-", 1)
+            axis.plot(value, place, marks[data], color=colors[robot], alpha=0.7, label=task)
+        if not math.isnan(low):
+            axis.plot([low, high], [place + 0.25] * 2, color="black", linewidth=2)
+        axis.plot(mean, place + 0.25, "D", color="black", markersize=7, label="mean and 95 % interval")
+        if theirs is not None:
+            axis.plot(theirs, place + 0.25, "*", color="tab:red", markersize=11, label="the paper's mean, on D4RL")
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(bars)), [name for name, *_ in bars])
+    axis.invert_yaxis()
+    axis.set_xlabel("DAWM minus it, points of D4RL's score")
+    axis.grid(axis="x", alpha=0.3)
+    once = dict(zip(*reversed(axis.get_legend_handles_labels())))
+    axis.legend(once.values(), once, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    write_whole(path, lambda file: figure.savefig(file, dpi=80, format="png"))
+
+
 def section(table: str, rows: list[Row], paper: bool) -> str:
     cells = cells_of(table, rows, paper)
     present = {learner: some for learner, some in cells.items() if some}
@@ -421,8 +485,9 @@ def page(rows: list[Row]) -> str:
     if not rows:
         return "No run of the study is in yet.\n"
     text = "### Headroom and resolution\n\n`python experiments/report.py --resolution`\n\n"
-    parts = [text + resolution(cells_of("table4", rows, paper=False))]
-    parts += [section(table, rows, paper) for paper in (False, True) for table in TITLES]
+    parts = [answer(rows, paper=False), text + resolution(cells_of("table4", rows, paper=False)).rstrip() + "\n"]
+    parts += [section(table, rows, paper=False) for table in TITLES]
+    parts += [answer(rows, paper=True), *(section(table, rows, paper=True) for table in TITLES)]
     return "\n".join(part for part in parts if part)
 
 

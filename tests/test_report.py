@@ -119,6 +119,18 @@ def test_a_spread_takes_two_seeds_on_two_tasks(places, capsys):
     assert "The spread of dawm_td3bc takes two seeds on two tasks; 1 so far." in text
 
 
+def test_the_answer_of_known_runs(places):
+    """DAWM is 15 above DWM on two tasks and 12 on a third: sd sqrt(3), so 14 ± 4.303. Nothing has run with IQL."""
+    rows = rows_of(study.TASKS[:3])
+    for row in rows:
+        if row.score < 65 and row.content["args"]["env_id"].endswith("expert-v0"):  # all but DAWM's
+            row.scores = [score + 3 for score in row.scores]
+    text = report.answer(rows, paper=False)
+    assert "| DWM: no actions | 14.0 [9.7, 18.3] (3) | 6.3 | - | 6.0 |" in text
+    assert text.count("\n| ") == 2 + len(report.RIVALS) and (places / "study.png").stat().st_size > 10_000
+    assert report.answer([], paper=False) == ""
+
+
 def test_one_seed_decides_nothing(places, monkeypatch):
     report.write(rows_of(["hopper-medium"], seeds=1))
     monkeypatch.setattr(sys, "argv", ["report.py"])
