@@ -40,6 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SUMMARY, PAGE = ROOT / "experiments" / "study.json", ROOT / "docs" / "results.md"
 BEGIN, END = "<!-- written by experiments/report.py -->\n", "<!-- as far as here -->\n"
 MOST_SEEDS = 100  # that are looked for
+FEWEST_SEEDS = 3  # for an interval from seeds drawn anew: two are drawn alike half of the time
 RIVALS = {  # what DAWM is held against, with TD3+BC or IQL
     "real data": "{}",
     "DWM: no actions": "dwm_{}",
@@ -154,7 +155,7 @@ def pooled(samples) -> np.ndarray:
 
 
 def iqm(samples: list[np.ndarray]) -> tuple[float, float, float]:
-    """Interquartile mean over all runs of all tasks, and its interval; NaN where a task has a single seed."""
+    """Interquartile mean over all runs of all tasks, and its interval."""
 
     def statistic(*some, axis=-1):
         return stats.trim_mean(pooled(some), 0.25, axis=-1)
@@ -180,7 +181,8 @@ def above(mine: list[np.ndarray], others: list[np.ndarray]) -> tuple[float, floa
 
 
 def interval(samples: list[np.ndarray], statistic) -> tuple[float, float]:
-    if min(map(len, samples)) < 2:
+    """95 % interval of the statistic; NaN where a task has fewer than FEWEST_SEEDS."""
+    if min(map(len, samples)) < FEWEST_SEEDS:
         return math.nan, math.nan
     how = dict(method="percentile", n_resamples=2000, vectorized=True, rng=np.random.default_rng(0))
     return tuple(stats.bootstrap(samples, statistic, **how).confidence_interval)
@@ -250,7 +252,7 @@ def short(task: str) -> str:
 
 
 def resolution(cells: dict[str, dict[str, list[Row]]]) -> str:
-    """Headroom of each task, and what the seeds can tell apart, from the spread of the control and of DAWM."""
+    """Headroom of each task, and what the seeds can tell apart, from the spread of the control, DWM and DAWM."""
     controls = [name for name in ("td3bc", "iql") if cells.get(name)]
     tasks = [task for task in TASKS if all(task in cells[name] for name in ("cloning", *controls))]
     if not controls or not tasks:
@@ -268,10 +270,10 @@ def resolution(cells: dict[str, dict[str, list[Row]]]) -> str:
         ["task", "the data's mean", "cloning", *(f"{c}, real data" for c in controls), "headroom", "in sd"], lines
     )
     text += "\nHeadroom is the best control above cloning; sd is the standard deviation between seeds.\n"
-    control = detected(f"{controls[0]} on real data", scores(cells[controls[0]], tasks))
-    dawm = detected("dawm_td3bc", scores(cells["dawm_td3bc"], cells["dawm_td3bc"]))
-    luck = "Its seeds share one world model, whose own luck is not in this."
-    return f"{text}\n" + wrapped(f"Resolution. {control} {dawm} {luck}")
+    found = [detected(f"{controls[0]} on real data", scores(cells[controls[0]], tasks))]
+    found += [detected(x, scores(cells[x], cells[x])) for x in ("dwm_td3bc", "dawm_td3bc")]
+    luck = "Seeds of DAWM and DWM share one world model, whose own luck is not in this."
+    return f"{text}\n" + wrapped(" ".join(["Resolution.", *found, luck])).removesuffix("\n")
 
 
 def detected(learner: str, samples: list[np.ndarray]) -> str:
@@ -298,30 +300,31 @@ def gain_of_the_paper() -> float:
 
 def answer(rows: list[Row], paper: bool) -> str:
     """DAWM minus each of its rivals, task by task and over the tasks, beside the paper's own differences."""
-    cells, lines, bars = cells_of("table2", rows, paper), [], []
-    for rival_name, pattern in RIVALS.items():
-        line = [rival_name]
+    cells, printed, lines, bars = cells_of("table2", rows, paper), published("table2") | published("table4"), [], []
+    for name, pattern in RIVALS.items():
+        line = [name]
         for agent, agent_name in (("td3bc", "TD3+BC"), ("iql", "IQL")):
             mine, other = f"dawm_{agent}", pattern.format(agent)
             both = [task for task in TASKS if all(task in cells.get(x, {}) for x in (mine, other))]
-            printed = published("table2") | published("table4")
-            theirs = printed.get(other) and np.mean([printed[mine][t][0] - printed[other][t][0] for t in TASKS])
-            told = "-"
+            theirs = printed.get(other) and np.mean([printed[mine][t][0] - printed[other][t][0] for t in both or TASKS])
+            ours = "-"
             if both:
                 found = above(*(scores(cells[x], both) for x in (mine, other)))
-                told = in_brackets(*found) + f" ({len(both)})" * (len(both) != len(TASKS))
+                ours = in_brackets(*found) + f" ({len(both)})" * (len(both) != len(TASKS))
                 by = {task: above(*(scores(cells[x], [task]) for x in (mine, other)))[0] for task in both}
-                bars.append((f"{rival_name}, {agent_name}", by, found, theirs))
-            line += [told, "-" if theirs is None else f"{theirs:.1f}"]
+                bars.append((f"{name}, {agent_name}", by, found, theirs))
+            line += [ours, "-" if theirs is None else f"{theirs:.1f}"]
         lines.append(line)
     if not bars:
         return ""
     picture = f"study{'_paper' * paper}.png"
     draw_answer(bars, PAGE.parent / picture)
-    head = ["DAWM minus", "with TD3+BC", "the paper's", "with IQL", "the paper's"]
+    head = ["DAWM minus", "with TD3+BC", "paper, TD3+BC", "with IQL", "paper, IQL"]
     return (
         f"### DAWM minus its rivals{' (paper scale)' * paper}\n\n"
-        + wrapped("Mean over nine tasks, or over as many as stand behind, and the 95 % interval of the tasks.")
+        + wrapped(
+            "Mean over nine tasks, or as many as stand behind, and its 95 % interval by Student's t over the tasks."
+        )
         + markdown(head, lines)
         + f"\n![DAWM minus each of its rivals, on each task and in the mean]({picture})\n"
     )
@@ -391,7 +394,7 @@ def section(table: str, rows: list[Row], paper: bool) -> str:
         text += wrapped("Runs that are missing: " + ", ".join(f"{n} of `{x}`" for x, n in missing.items() if n) + ".")
     ruined, trained = present.get("undertrained_td3bc", {}), present.get("dawm_td3bc", {})
     both = [task for task in ruined if task in trained]
-    if both and min(len(some[task]) for some in (ruined, trained) for task in both) > 1:
+    if both and min(len(some[task]) for some in (ruined, trained) for task in both) >= FEWEST_SEEDS:
         chance = improvement(scores(trained, both), scores(ruined, both))
         verdict = "scores more often above" if chance[1] > 0.5 else "does no better than"
         text += wrapped(
@@ -485,7 +488,7 @@ def page(rows: list[Row]) -> str:
     if not rows:
         return "No run of the study is in yet.\n"
     text = "### Headroom and resolution\n\n`python experiments/report.py --resolution`\n\n"
-    parts = [answer(rows, paper=False), text + resolution(cells_of("table4", rows, paper=False)).rstrip() + "\n"]
+    parts = [answer(rows, paper=False), text + resolution(cells_of("table2", rows, paper=False))]
     parts += [section(table, rows, paper=False) for table in TITLES]
     parts += [answer(rows, paper=True), *(section(table, rows, paper=True) for table in TITLES)]
     return "\n".join(part for part in parts if part)
@@ -499,7 +502,7 @@ def main(args: Args) -> None:
         write(rows)
         rows = read()
     if args.resolution:
-        return print(resolution(cells_of("table4", rows, paper=False)), end="")
+        return print(resolution(cells_of("table2", rows, paper=False)), end="")
     before, begin, rest = PAGE.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
