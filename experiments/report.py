@@ -390,28 +390,8 @@ def section(table: str, rows: list[Row], paper: bool) -> str:
         f"seed{'s' * (most > 1)} a cell, or as many as stand in brackets."
     )
     text += markdown(head, lines) + "\n"
-    missing = {x: most * len(some) - sum(map(len, cells[x].values())) for x, some in GRIDS[table].items()}
-    if any(missing.values()):
-        text += wrapped("Runs that are missing: " + ", ".join(f"{n} of `{x}`" for x, n in missing.items() if n) + ".")
-    ruined, trained = present.get("undertrained_td3bc", {}), present.get("dawm_td3bc", {})
-    both = [task for task in ruined if task in trained]
-    if both and min(len(some[task]) for some in (ruined, trained) for task in both) >= FEWEST_SEEDS:
-        chance = improvement(scores(trained, both), scores(ruined, both))
-        verdict = "scores more often above" if chance[1] > 0.5 else "does no better than"
-        text += wrapped(
-            f"DAWM with a trained world model {verdict} DAWM with one of 300 updates, as far as these seeds tell: "
-            f"P {in_brackets(*chance, digits=2)}."
-        )
-    arms = "; ".join(f"`{x}` is {LEARNERS[x][0]} {LEARNERS[x][1]}".rstrip() for x in present)
-    modules = {LEARNERS[x][0] for x in present}
-    fields, alike = defaultdict(list), defaultdict(list)
-    for (module, field), why in APART.items():
-        if module in modules:
-            fields[module, why].append(field)
-    for (module, why), names in fields.items():
-        alike[", ".join(names), why].append(module)
-    apart = "".join(f" {names} of {', '.join(some)}: {why}." for (names, why), some in alike.items())
-    text += wrapped(f"The arms are alike in all arguments that they have in common, but for these: {arms}.{apart}")
+    if waiting := [f"`{x}`" for x in cells if x not in present]:
+        text += wrapped(f"No run yet of {', '.join(waiting)}.")
     text += f"![Learning curves of each task and the performance profile]({picture}.png)\n"
     printed = published("table2" if table == "first" else table)
     if printed := {learner: some for learner, some in printed.items() if learner in GRIDS[table]}:
@@ -422,6 +402,20 @@ def section(table: str, rows: list[Row], paper: bool) -> str:
         text += markdown(["learner", *map(short, there)], body)
     draw(present, tasks, shared, PAGE.parent / f"{picture}.png")
     return text
+
+
+def arms() -> str:
+    """What each learner is, and in which arguments it differs from the others."""
+    lines = []
+    for learner, (module, own) in LEARNERS.items():
+        apart = defaultdict(list)
+        for (script, field), why in APART.items():
+            if script == module:
+                apart[why].append(f"`{field}`")
+        told = "; ".join(f"{', '.join(fields)}: {why}" for why, fields in apart.items())
+        lines.append([f"`{learner}`", f"`{f'{module} {own}'.strip()}`", told or "-"])
+    text = "What learners have in common has one value, but for the flags here and for what is named as a script's own."
+    return f"### The learners\n\n{text}\n\n" + markdown(["learner", "script and flags", "its own"], lines)
 
 
 def draw(present: dict, tasks: list[str], shared: list[str], path: Path) -> None:
@@ -491,7 +485,7 @@ def page(rows: list[Row]) -> str:
     text = "### Headroom and resolution\n\n`python experiments/report.py --resolution`\n\n"
     parts = [answer(rows, paper=False), text + resolution(cells_of("table2", rows, paper=False))]
     parts += [section(table, rows, paper=False) for table in TITLES]
-    parts += [answer(rows, paper=True), *(section(table, rows, paper=True) for table in TITLES)]
+    parts += [answer(rows, paper=True), *(section(table, rows, paper=True) for table in TITLES), arms()]
     return "\n".join(part for part in parts if part)
 
 
