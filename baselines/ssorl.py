@@ -612,8 +612,9 @@ def main(args: Args, run: Run | None = None) -> SimpleNamespace:
     trajectories = Trajectories(args, dataset, run.device)
     if args.agent == "iql":
         reward_factor(args, dataset)  # what it refuses is told before anything is made
-    labelled, kept = len(trajectories.labelled), len(trajectories.kept)
-    run.open(dataset, evaluator, labelled_trajectories=labelled, hidden_trajectories=kept - labelled)
+    known, kept = (dataset.lengths[some] for some in (trajectories.labelled, trajectories.kept))
+    share = float(known.sum() / kept.sum())  # far below --label-fraction where poor trajectories are short
+    run.open(dataset, evaluator, labelled_trajectories=len(known), labelled_share_of_steps=share)
     inverse_dynamics = train_inverse_dynamics(args, trajectories, run)
     rollouts = synthesize(args, trajectories, inverse_dynamics, run)
     agent = train_agent(args, dataset, rollouts, evaluator, run)

@@ -183,6 +183,8 @@ def test_another_split_makes_another_inverse_dynamics_model(folders, monkeypatch
 
     def synthesize(args, trajectories, inverse_dynamics, run):
         found.append((run.kept["inverse dynamics"], args.policy_delay))
+        known = ~trajectories.action[trajectories.rows_of(trajectories.kept)].isnan().any(1)
+        assert run.content["constants"]["labelled_share_of_steps"] == pytest.approx(float(known.float().mean()))
         run.lock.release()
         raise UserError("enough")
 
