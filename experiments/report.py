@@ -425,7 +425,7 @@ def draw(present: dict, tasks: list[str], shared: list[str], path: Path) -> None
 
     columns = min(3, len(tasks))
     rows = math.ceil(len(tasks) / columns)
-    figure = Figure(figsize=(3.6 * columns + 4.2, max(2.7 * rows, 4)), layout="constrained")
+    figure = Figure(figsize=(3.6 * columns + 5.6, max(2.7 * rows, 4)), layout="constrained")
     grid = figure.add_gridspec(rows, columns + 1, width_ratios=[*[1] * columns, 1.2])
     palette = colormaps["tab10" if len(present) <= 10 else "tab20"].colors
     colors = dict(zip(present, palette, strict=False))
@@ -455,7 +455,7 @@ def draw(present: dict, tasks: list[str], shared: list[str], path: Path) -> None
         axis.plot(at, y, "-" if "dawm" in learner else "--", color=colors[learner], label=learner)
     axis.set_xlabel("score x", fontsize=9)
     axis.set_title(f"share of runs that score above x, {len(shared)} task{'s' * (len(shared) > 1)}", fontsize=9)
-    axis.legend(fontsize=8)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     axis.grid(alpha=0.3)
     figure.supxlabel(
         "updates of the agent (star: a planner); shaded: what counts; dotted: the data's own mean; bands: sd of seeds",
