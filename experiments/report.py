@@ -364,7 +364,7 @@ def section(table: str, rows: list[Row], paper: bool) -> str:
     title, picture = TITLES[table], f"study_{table}{'_paper' * paper}"
     used, firsts = runs_in(cells), [] if table == "first" else runs_in(cells_of("first", rows, paper))
     if all(row in firsts for row in used):
-        return "" if paper else f"### {title}\n\nNone of its own runs is in yet.\n"
+        return "" if paper else f"### {title}\n\nNone of its own runs is in yet with today's arguments.\n"
     most = max(len(some) for tasks in present.values() for some in tasks.values())
     tasks = [task for task in TASKS if any(task in some for some in present.values())]
     usual = [some for some in present.values() if len(some) > len(tasks) / 2]  # one that has hardly begun has no mean
@@ -391,7 +391,7 @@ def section(table: str, rows: list[Row], paper: bool) -> str:
     )
     text += markdown(head, lines) + "\n"
     if waiting := [f"`{x}`" for x in cells if x not in present]:
-        text += wrapped(f"No run yet of {', '.join(waiting)}.")
+        text += wrapped(f"No run with today's arguments yet of {', '.join(waiting)}.")
     text += f"![Learning curves of each task and the performance profile]({picture}.png)\n"
     printed = published("table2" if table == "first" else table)
     if printed := {learner: some for learner, some in printed.items() if learner in GRIDS[table]}:
@@ -412,9 +412,9 @@ def arms() -> str:
         for (script, field), why in APART.items():
             if script == module:
                 apart[why].append(f"`{field}`")
-        told = "; ".join(f"{', '.join(fields)}: {why}" for why, fields in apart.items())
-        lines.append([f"`{learner}`", f"`{f'{module} {own}'.strip()}`", told or "-"])
-    text = "What learners have in common has one value, but for the flags here and for what is named as a script's own."
+        reasons = "; ".join(f"{', '.join(fields)}: {why}" for why, fields in apart.items())
+        lines.append([f"`{learner}`", f"`{f'{module} {own}'.strip()}`", reasons or "-"])
+    text = "Arguments that scripts share have the same value for every learner, but for these flags and a script's own."
     return f"### The learners\n\n{text}\n\n" + markdown(["learner", "script and flags", "its own"], lines)
 
 

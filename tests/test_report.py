@@ -149,7 +149,7 @@ def test_one_seed_decides_nothing(places, monkeypatch):
     text = report.PAGE.read_text()
     assert "| hopper m | 30.0 | 39.0 | 49.0 | 10.0 | - |" in text
     assert "dawm_td3bc takes two seeds on two tasks; 0 so far" in " ".join(text.split())
-    assert "No run yet of `undertrained_td3bc`." in text and "nan" not in text
+    assert "No run with today's arguments yet of `undertrained_td3bc`." in text and "nan" not in text
     assert "| `undertrained_td3bc` | `dawm_td3bc --world-model-steps 300` | - |" in text
     assert "| `dwm_td3bc` | `dwm_baseline --agent td3bc --rollouts stored` | `policy_delay`: the agent's own |" in text
     assert text.count("None of its own runs is in yet") == len(report.TITLES) - 1
