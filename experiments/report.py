@@ -323,8 +323,8 @@ def answer(rows: list[Row], paper: bool) -> str:
     return (
         f"### DAWM minus its rivals{' (paper scale)' * paper}\n\n"
         + wrapped(
-            "Mean over nine tasks, or over as many as stand in round brackets, and its 95 % interval by Student's t "
-            "over the tasks." + " The paper's is of D4RL's data at its scale, another instrument." * (not paper)
+            "Of Table 2's runs, below: mean over nine tasks, or over as many as stand in round brackets, and its 95 % "
+            "interval by Student's t over the tasks." + " The paper's is of D4RL's data at its scale, another instrument." * (not paper)
         )
         + markdown(head, lines)
         + f"\n![DAWM minus each of its rivals, on each task and in the mean]({picture})\n"
