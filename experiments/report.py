@@ -319,12 +319,13 @@ def answer(rows: list[Row], paper: bool) -> str:
         return ""
     picture = f"study{'_paper' * paper}.png"
     draw_answer(bars, PAGE.parent / picture)
+    instrument = " The paper's is of D4RL's data at its scale, another instrument." * (not paper)
     head = ["DAWM minus", "with TD3+BC", "paper, TD3+BC", "with IQL", "paper, IQL"]
     return (
         f"### DAWM minus its rivals{' (paper scale)' * paper}\n\n"
         + wrapped(
             "Of Table 2's runs, below: mean over nine tasks, or over as many as stand in round brackets, and its 95 % "
-            "interval by Student's t over the tasks." + " The paper's is of D4RL's data at its scale, another instrument." * (not paper)
+            f"interval by Student's t over the tasks.{instrument}"
         )
         + markdown(head, lines)
         + f"\n![DAWM minus each of its rivals, on each task and in the mean]({picture})\n"
